@@ -1,0 +1,133 @@
+"""Finding source files and writing results safely. Imports the standard library only."""
+
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from codec.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to work on."""
+
+    path: Path
+    """Where it is."""
+    relative: PurePosixPath
+    """Its path below the source folder that was named; just its name where the file itself was named."""
+
+
+def find(sources: Sequence[str | Path], extensions: frozenset[str], what: str = "images") -> list[Source]:
+    """List the files that the named files and folders stand for.
+
+    Files named directly are taken whatever their suffix. Folders are walked with what lies below, through symbolic
+    links too, without hidden files and folders. A file reached twice is listed once; a link that leads nowhere is
+    listed, so that reading it fails and it is counted.
+
+    Args:
+        sources: files and folders.
+        extensions: suffixes in lower case with dot; compared without regard to case.
+        what: what is looked for, for the error message.
+
+    Returns:
+        In the order of `sources`, each folder sorted by name. Two folders may give the same `relative`.
+
+    Raises:
+        UsageError: a source is missing, a folder cannot be read, or nothing was found.
+    """
+    found: dict[Path, Source] = {}  # by real path
+    visited: set[Path] = set()
+    for source in map(Path, sources):
+        if source.is_dir():
+            for path, real in _walk(source, visited):
+                if path.suffix.lower() in extensions:
+                    found.setdefault(real, Source(path, PurePosixPath(path.relative_to(source).as_posix())))
+        elif source.exists():
+            found.setdefault(source.resolve(), Source(source, PurePosixPath(source.name)))
+        else:
+            raise UsageError(f"{source}: no such file or folder")
+    if not found:
+        named = ", ".join(map(str, sources)) or "no source given"
+        raise UsageError(f"{named}: no {what} found (looked for {' '.join(sorted(extensions))})")
+    return list(found.values())
+
+
+def _walk(folder: Path, visited: set[Path]) -> Iterator[tuple[Path, Path]]:
+    """Yield (path, real path) of the files below a folder, sorted; folders already visited are left out."""
+    real = folder.resolve()
+    if real in visited:
+        return
+    visited.add(real)
+    try:
+        with os.scandir(folder) as scan:
+            entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as exception:
+        raise UsageError(f"{folder}: cannot read this folder: {_reason(exception)}") from exception
+    for entry in entries:
+        path = folder / entry.name
+        if entry.is_dir():
+            yield from _walk(path, visited)
+        elif entry.is_symlink():
+            yield path, path.resolve()
+        elif entry.is_file():  # not a pipe or a device: reading those may never end
+            yield path, real / entry.name
+
+
+def write_atomic(path: Path, data: bytes, *, exclusive: bool = False) -> None:
+    """Write a whole file or nothing: to a hidden temporary name beside it, then renamed. Its folder is created.
+
+    Args:
+        path: the file.
+        data: its content.
+        exclusive: refuse to replace an existing file, even one that appears at the same moment.
+
+    Raises:
+        FileExistsError: `exclusive` and the file exists.
+        OSError: the system refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_bytes(data)
+        if exclusive:
+            _rename_exclusive(temporary, path)
+        else:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rename_exclusive(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # fails where the name exists, in one step
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here (FAT, some network drives): the check leaves a small gap
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists") from None
+        temporary.replace(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Create a folder where it is missing and prove, by a temporary file, that it can be written.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    probe = folder / f".probe.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"probe")
+        finally:
+            probe.unlink(missing_ok=True)
+    except (FileExistsError, NotADirectoryError) as exception:
+        raise UsageError(f"{folder}: cannot write here: a file is in the way") from exception
+    except OSError as exception:
+        raise UsageError(f"{folder}: cannot write here: {_reason(exception)}") from exception
+
+
+def _reason(exception: OSError) -> str:
+    return (exception.strerror or str(exception)).lower()

@@ -1,0 +1,1 @@
+"""Measures codecs: metrics, baselines, rate-distortion runs, plots. Imports `codec`; never `train`."""

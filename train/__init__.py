@@ -1,0 +1,1 @@
+"""Trains autoencoders and exports them as model folders. Imports `codec` and `eval`."""
