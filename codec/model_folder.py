@@ -1,0 +1,197 @@
+"""A model folder: a diffusers folder with the entropy tables, ids and statistics of the codec beside the weights.
+
+    config.json, diffusion_pytorch_model.safetensors    diffusers' own; `from_pretrained` works as it is
+    codec.json, codec.safetensors                       name, ids, statistics; mean, step and integer table sets
+    README.md                                           model card
+
+Reads everything but the weights without torch, so that `codec models` starts fast.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from codec.errors import ModelError
+from codec.files import write_atomic
+from codec.tables import TableSet
+
+CODEC_JSON = "codec.json"
+CODEC_TENSORS = "codec.safetensors"
+FOLDER_VERSION = 0
+MODELS_VARIABLE = "CODEC_MODELS"
+
+# The fields of diffusers' config that decide what the decoder computes from raw latents.
+DECODER_FIELDS = (
+    "_class_name",
+    "act_fn",
+    "block_out_channels",
+    "latent_channels",
+    "layers_per_block",
+    "mid_block_add_attention",
+    "norm_num_groups",
+    "out_channels",
+    "up_block_types",
+    "use_post_quant_conv",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """The torch-free part of a model folder.
+
+    Attributes:
+        path: the folder.
+        name: short name, the folder's unless codec.json says otherwise.
+        f: downsampling factor.
+        channels: D.
+        mean: (D,) float32, the raw latent that index 0 stands for.
+        step: (D,) float32, the quantiser's step at q = 0.
+        table_sets: stream id -> tables, oldest first; new files use the last one.
+        decoder_id: 16 hex digits.
+        info: the whole of codec.json.
+    """
+
+    path: Path
+    name: str
+    f: int
+    channels: int
+    mean: np.ndarray
+    step: np.ndarray
+    table_sets: Mapping[str, TableSet]
+    decoder_id: str
+    info: Mapping[str, Any]
+
+    @property
+    def stream_id(self) -> str:
+        """The stream id of new files."""
+        return next(reversed(list(self.table_sets)))
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder looks like a model of the codec."""
+    return (path / CODEC_JSON).is_file()
+
+
+def read(path: Path) -> ModelFolder:
+    """Read codec.json and codec.safetensors of a folder.
+
+    Raises:
+        ModelError: missing, damaged, inconsistent or of a later version; the message names the folder.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such model folder")
+    if not is_model_folder(path):
+        raise ModelError(f"{path}: no {CODEC_JSON} in it: not a model of the codec (export one with codec-train)")
+    try:
+        info = json.loads((path / CODEC_JSON).read_text(encoding="utf-8"))
+        if info["folder_version"] != FOLDER_VERSION:
+            raise ModelError(f"{path}: folder version {info['folder_version']}, this program reads {FOLDER_VERSION}")
+        tensors = load_file(path / CODEC_TENSORS)
+        mean, step = tensors["mean"], tensors["step"]
+        table_sets = {}
+        for n, stream_id in enumerate(info["stream_ids"]):
+            tables = TableSet(*(tensors[f"tables.{n}.{part}"] for part in ("first", "offsets", "frequencies")))
+            if tables.channels != mean.size or tables.digest(mean, step) != stream_id:
+                raise ModelError(
+                    f"{path}: table set {n} does not have the stream id {stream_id} that {CODEC_JSON} states"
+                )
+            table_sets[stream_id] = tables
+        if not table_sets:
+            raise ModelError(f"{path}: no entropy tables")
+        return ModelFolder(
+            path=path,
+            name=info["name"],
+            f=info["f"],
+            channels=info["latent_channels"],
+            mean=mean,
+            step=step,
+            table_sets=table_sets,
+            decoder_id=info["decoder_id"],
+            info=info,
+        )
+    except ModelError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as exception:
+        raise ModelError(f"{path}: damaged model folder: {type(exception).__name__}: {exception}") from exception
+
+
+def write(
+    path: Path, *, info: Mapping[str, Any], mean: np.ndarray, step: np.ndarray, table_sets: Sequence[TableSet]
+) -> ModelFolder:
+    """Write codec.json and codec.safetensors into a folder that diffusers has saved a model to.
+
+    Args:
+        path: the folder.
+        info: what codec.json holds besides the ids: at least name, f, latent_channels and decoder_id.
+        mean: (D,) float32.
+        step: (D,) float32, at q = 0.
+        table_sets: at least one, oldest first.
+
+    Returns:
+        The folder, read back.
+    """
+    tensors = {"mean": mean.astype(np.float32), "step": step.astype(np.float32)}
+    for n, tables in enumerate(table_sets):
+        for part in ("first", "offsets", "frequencies"):
+            tensors[f"tables.{n}.{part}"] = getattr(tables, part)
+    stream_ids = [tables.digest(tensors["mean"], tensors["step"]) for tables in table_sets]
+    document = {"folder_version": FOLDER_VERSION, **info, "stream_ids": stream_ids}
+    write_atomic(path / CODEC_TENSORS, save(tensors))
+    write_atomic(path / CODEC_JSON, (json.dumps(document, indent=2) + "\n").encode())
+    return read(path)
+
+
+def decoder_digest(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    """Return the decoder id, 16 hex digits; FORMAT.md section 3.
+
+    Args:
+        config: diffusers' config.
+        tensors: the model's state dict as float32 or float16 arrays; names outside the decoder are ignored.
+    """
+    fields = {name: config[name] for name in DECODER_FIELDS if name in config}
+    sha = hashlib.sha256(b"latent-codec decoder 0")
+    sha.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(tensors):
+        if name.startswith(("decoder.", "post_quant_conv.")):
+            with np.errstate(over="ignore"):  # beyond float16 is inf on both sides
+                sha.update(name.encode() + b"\0" + np.ascontiguousarray(tensors[name], dtype="<f2").tobytes())
+    return sha.hexdigest()[:16]
+
+
+def search_path() -> list[Path]:
+    """Folders in which models are looked for by name or id: those of $CODEC_MODELS, then the package's own."""
+    named = [Path(part) for part in os.environ.get(MODELS_VARIABLE, "").split(os.pathsep) if part]
+    return [*named, Path(__file__).parent / "models"]
+
+
+def available() -> list[Path]:
+    """Every model folder on the search path: the entries themselves and the folders directly in them."""
+    found: list[Path] = []
+    for place in search_path():
+        inside = sorted(child for child in place.iterdir() if child.is_dir()) if place.is_dir() else []
+        found += [folder for folder in (place, *inside) if is_model_folder(folder)]
+    return found
+
+
+def resolve(name: str | Path) -> Path:
+    """Turn what a user gave for -m into a model folder: a path, or the name of an available model.
+
+    Raises:
+        ModelError: neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    for folder in available():
+        if folder.name == str(name):
+            return folder
+    places = ", ".join(str(place) for place in search_path())
+    raise ModelError(f"{name}: no such model folder, and no model of that name in {places}")

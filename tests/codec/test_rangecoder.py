@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+from codec import rangecoder
+from codec.errors import FormatError
+
+
+def tables_of(frequencies: list[int]) -> list[int]:
+    assert sum(frequencies) == rangecoder.TOTAL
+    return np.concatenate([[0], np.cumsum(frequencies)]).tolist()
+
+
+SKEWED = tables_of([1, 1, 60000, 5000, 534])
+FLAT = tables_of([256] * 256)
+
+
+def intervals(symbols: list[int], cumulative: list[int]) -> list[tuple[int, int]]:
+    return [(cumulative[s], cumulative[s + 1] - cumulative[s]) for s in symbols]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_round_trip_of_random_symbols_under_alternating_tables(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    skewed = rng.choice(5, p=np.diff(SKEWED) / rangecoder.TOTAL, size=rng.integers(0, 300)).tolist()
+    rare = rng.integers(0, 5, size=rng.integers(0, 300)).tolist()  # the 1-in-65536 symbols on purpose
+    flat = rng.integers(0, 256, size=rng.integers(0, 300)).tolist()
+    payload = rangecoder.encode(intervals(skewed, SKEWED) + intervals(flat, FLAT) + intervals(rare, SKEWED))
+    decoder = rangecoder.Decoder(payload)
+    assert decoder.symbols(SKEWED, len(skewed)) == skewed
+    assert decoder.symbols(FLAT, len(flat)) == flat
+    assert decoder.symbols(SKEWED, len(rare)) == rare
+    assert decoder.finished()
+
+
+def test_a_carry_runs_through_bytes_of_ff() -> None:
+    # The last interval again and again drives `low` to the top; then the payload is a run of 0xFF until a carry.
+    last = (rangecoder.TOTAL - 1, 1)
+    for tail in range(0, rangecoder.TOTAL, 4099):
+        coded = [last] * 6 + [(tail, 1)] * 3
+        decoder = rangecoder.Decoder(rangecoder.encode(coded))
+        every = list(range(rangecoder.TOTAL + 1))
+        assert decoder.symbols(every, 9) == [start for start, _ in coded]
+
+
+def test_size_is_within_a_byte_or_two_of_the_ideal_code_length() -> None:
+    rng = np.random.default_rng(0)
+    p = np.diff(SKEWED) / rangecoder.TOTAL
+    symbols = rng.choice(5, p=p, size=50_000)
+    ideal_bytes = -np.log2(p[symbols]).sum() / 8
+    assert ideal_bytes <= len(rangecoder.encode(intervals(symbols.tolist(), SKEWED))) <= ideal_bytes * 1.0005 + 2
+
+
+def test_no_symbols_no_bytes() -> None:
+    assert rangecoder.encode([]) == b""
+    assert rangecoder.Decoder(b"").finished()
+
+
+def test_known_bytes() -> None:
+    # Worked by hand from FORMAT.md section 5: unit = 65535; low = 65535 * 32768 = 0x7FFF8000, range = 65535 * 16384 =
+    # 0x3FFFC000; the value with most trailing zeros in [0x7FFF8000, 0xBFFF4000) is 0x80000000.
+    assert rangecoder.encode([(32768, 16384)]) == b"\x80"
+
+
+def test_a_position_outside_the_scale_is_a_format_error() -> None:
+    with pytest.raises(FormatError, match="left its scale"):
+        rangecoder.Decoder(b"\xff\xff\xff\xff").symbols(FLAT, 1)
+    with pytest.raises(FormatError, match="left its scale"):
+        rangecoder.Decoder(b"\xff\xff\xff\xff").bits(16)
