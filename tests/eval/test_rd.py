@@ -1,0 +1,246 @@
+"""`codec-eval rd` from end to end on small images, with baselines alone and with a stand-in for a model."""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from codec.errors import ModelError
+from codec.files import find
+from codec.images import EXTENSIONS
+from eval import baselines, pictures, plots
+from eval.cli import main
+from eval.features import SqueezeFeatures
+from eval.metrics import psnr
+from eval.rd import PROTOCOL_HASH, run_rd
+
+
+class FakeCodec:
+    """The interface of codec.Codec around WebP; without quantisation it is one level off everywhere."""
+
+    name = "fake"
+
+    def description(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def encode(self, image: np.ndarray, quality: int = 50) -> bytes:
+        if image[0, 0].tolist() == [1, 2, 3]:
+            raise ValueError("cannot encode this")
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "WEBP", quality=quality)
+        return file.getvalue()
+
+    def encode_many(self, image: np.ndarray, qualities: Sequence[int]) -> list[bytes]:
+        return [self.encode(image, quality) for quality in qualities]
+
+    def decode(self, data: bytes) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+    def reconstruct(self, image: np.ndarray) -> np.ndarray:
+        return image ^ 1
+
+
+class WrongModel(FakeCodec):
+    def encode(self, image: np.ndarray, quality: int = 50) -> bytes:
+        raise ModelError("another model")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two images of 192x176."""
+    rng = np.random.default_rng(4)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        coarse = Image.fromarray(rng.integers(0, 256, (11, 12, 3), dtype=np.uint8))
+        coarse.resize((192, 176), Image.Resampling.BICUBIC).save(folder / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LATENT_CODEC_FEATURES", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+
+
+def test_baselines_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "rd_lpips_sqz10.png").write_text("of an earlier run")
+    assert main(["rd", str(folder), "--baselines", "jpeg,avif", "-o", str(out)]) == 0
+
+    result = json.loads((out / "rd.json").read_text())
+    assert result["dataset"]["n_images"] == 2
+    assert result["dataset"]["names"] == ["a.png", "b.png"]
+    originals = {name: np.asarray(Image.open(folder / name)) for name in ("a.png", "b.png")}
+    digest = hashlib.sha256(b"".join(b"(176, 192, 3)" + image.tobytes() for image in originals.values()))
+    assert result["dataset"]["sha256"] == digest.hexdigest()
+    assert result["features"] is None
+    assert result["protocol_hash"] == PROTOCOL_HASH
+    assert result["failed"] == []
+    assert result["versions"]["torch"]
+    assert "codec-eval rd" in result["command"]
+    assert [codec["name"] for codec in result["codecs"]] == ["jpeg", "avif"]
+
+    jpeg = result["codecs"][0]
+    assert jpeg["kind"] == "baseline"
+    assert "progressive=True" in jpeg["flags"]
+    assert jpeg["ceiling"] is None
+    assert [point["quality"] for point in jpeg["points"]] == [5, 10, 20, 30, 50]
+    for point in jpeg["points"]:
+        bpp, decibels = [], []
+        for image in originals.values():
+            file = io.BytesIO()
+            flags = {"optimize": True, "progressive": True, "subsampling": "4:2:0"}
+            Image.fromarray(image).save(file, "JPEG", quality=point["quality"], **flags)
+            bpp.append(8 * len(file.getvalue()) / (192 * 176))
+            decibels.append(psnr(image, np.asarray(Image.open(file))))
+        rows = [row for row in jpeg["rows"] if row["quality"] == point["quality"]]
+        assert [row["bpp"] for row in rows] == bpp
+        assert point["bpp"] == pytest.approx(sum(bpp) / 2)
+        assert point["psnr"] == pytest.approx(sum(decibels) / 2)
+        assert 0 < point["ms_ssim"] < 1
+        assert point["lpips_sqz10"] is None
+        assert min(point["encode_s"], point["decode_s"]) > 0
+
+    for metric in ("psnr", "ssim", "ms_ssim", "ssimulacra2"):
+        with Image.open(out / f"rd_{metric}.png") as plot:
+            assert plot.size == (1125, 750)
+    assert not (out / "rd_lpips_sqz10.png").exists()
+    with Image.open(out / "comparison.png") as picture:
+        columns, rows_shown = 3, 2
+        assert picture.size == (8 + columns * 264, 44 + rows_shown * 300)
+    printed = capsys.readouterr()
+    assert "n/a" in printed.out
+    assert str(out / "comparison.png") in printed.out
+    assert "no lpips-sqz10" in printed.err
+
+
+def test_model_and_ceiling(folder: Path, tmp_path: Path) -> None:
+    sources = find([folder], EXTENSIONS)
+    models = [FakeCodec(), FakeCodec()]
+    result = run_rd(sources, models, baselines.get(["jpeg"]), [10, 90], SqueezeFeatures(), dataset="two")
+    first, second, jpeg = result["codecs"]
+    assert (first["kind"], second["name"], jpeg["kind"]) == ("model", "fake (2)", "baseline")
+    assert first["description"] == {"name": "fake"}
+    image = np.asarray(Image.open(folder / "a.png"))
+    assert first["rows"][1]["size_bytes"] == len(FakeCodec().encode(image, 90))
+    assert first["ceiling"]["psnr"] == pytest.approx(48.1308, abs=1e-4)
+    assert [row["image"] for row in first["ceiling_rows"]] == ["a.png", "b.png"]
+    assert first["points"][0]["bpp"] < first["points"][1]["bpp"]
+    assert first["points"][0]["lpips_sqz10"] > first["points"][1]["lpips_sqz10"] > 0
+    assert result["features"] == {"name": "lpips-sqz10", "sha256": "random"}
+    assert len(plots.plot(result, tmp_path)) == 5
+    pictures.compare(sources, models[:1], baselines.get(["jpeg"]), 0.3, tmp_path / "c.png", n=1)
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.size == (8 + 3 * 264, 44 + 300)
+        shown = np.asarray(picture)[44 : 44 + 176, 8 : 8 + 192]  # pixels of the original, 1:1
+    assert any(np.array_equal(shown, np.asarray(Image.open(source.path))) for source in sources)
+
+
+def test_infinite_psnr_is_null(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), (128, 128, 128)).save(tmp_path / "flat.png")
+    result = run_rd(find([tmp_path], EXTENSIONS), [], baselines.get(["jpeg"]), [])
+    assert result["codecs"][0]["rows"][-1]["psnr"] is None
+    assert result["codecs"][0]["rows"][-1]["ms_ssim"] is None
+    json.dumps(result, allow_nan=False)
+
+
+def test_failing_image_counts_for_no_codec(folder: Path) -> None:
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(folder / "aa.png")
+    result = run_rd(find([folder], EXTENSIONS), [FakeCodec()], baselines.get(["jpeg"]), [50])
+    assert result["dataset"]["names"] == ["a.png", "b.png"]
+    for codec in result["codecs"]:
+        assert {row["image"] for row in codec["rows"]} == {"a.png", "b.png"}
+    (failure,) = result["failed"]
+    assert failure["image"] == "aa.png"
+    assert failure["reason"] == f"{folder / 'aa.png'}: fake: cannot encode this"
+
+
+def test_wrong_model_stops_the_run(folder: Path) -> None:
+    with pytest.raises(ModelError):
+        run_rd(find([folder], EXTENSIONS), [WrongModel()], [], [50])
+
+
+def test_unreadable_image_is_listed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "broken.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert main(["rd", str(folder), "--baselines", "jpeg", "-o", str(out)]) == 1
+    result = json.loads((out / "rd.json").read_text())
+    assert [failure["image"] for failure in result["failed"]] == ["broken.png"]
+    assert result["dataset"]["n_images"] == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert str(folder / "broken.png") in errors[0]
+    assert "1 of 3 images" in errors[1]
+
+
+def test_all_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert main(["rd", str(tmp_path / "broken.png"), "--baselines", "jpeg", "-o", str(tmp_path / "out")]) == 1
+    assert json.loads((tmp_path / "out" / "rd.json").read_text())["codecs"][0]["points"] == []
+    assert not (tmp_path / "out" / "comparison.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--baselines", "jpgxl"], "unknown baseline 'jpgxl'"),
+        (["--baselines", ""], "nothing to measure"),
+        (["-q", "10,101"], "'10,101'"),
+        (["-q", "high"], "'high'"),
+        (["--features", "nowhere"], "squeezenet1_0"),
+        (["--limit", "0"], "--limit"),
+    ],
+)
+def test_usage_errors(folder: Path, tmp_path: Path, options: list[str], message: str, capfd: Any) -> None:
+    assert main(["rd", str(folder), "-o", str(tmp_path / "out"), *options]) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "out" / "rd.json").exists()
+
+
+def test_missing_model_and_images(folder: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert main(["rd", str(folder), "-m", str(tmp_path / "no-model"), "-o", out]) == 3
+    assert main(["rd", str(tmp_path / "nothing"), "-o", out]) == 2
+    (tmp_path / "file").touch()
+    assert main(["rd", str(folder), "-o", str(tmp_path / "file" / "out")]) == 2
+
+
+def test_limit(folder: Path, tmp_path: Path) -> None:
+    assert main(["rd", str(folder), "--limit", "1", "--baselines", "jpeg", "-o", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "rd.json").read_text())["dataset"]["names"] == ["a.png"]
+
+
+def test_same_names_in_two_folders(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.png").write_bytes((folder / "b.png").read_bytes())
+    result = run_rd(find([folder / "a.png", other], EXTENSIONS), [], baselines.get(["jpeg"]), [])
+    assert result["dataset"]["names"] == [str(folder / "a.png"), str(other / "a.png")]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from eval.cli import main; code = main(['--help']);"
+        "print([m for m in ('torch', 'torchvision', 'matplotlib', 'diffusers', 'lpips', 'numpy') if m in sys.modules]);"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "rd" in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import codec
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"codec-eval {codec.__version__}"
