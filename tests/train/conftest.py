@@ -1,0 +1,29 @@
+"""A tiny shard set and tiny runs, shared by the tests of training."""
+
+from pathlib import Path
+
+import pytest
+
+from codec import images
+from tests.conftest import photo
+from train.cli import main
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve synthetic photographs of 72 to 100 pixels in shards; do not change it."""
+    folder = tmp_path_factory.mktemp("data")
+    for n in range(12):
+        (folder / "photos").mkdir(exist_ok=True)
+        (folder / "photos" / f"{n}.png").write_bytes(images.save_png(photo(72 + 2 * n, 100 - n, seed=n)))
+    assert main(["shards", str(folder / "photos"), "-o", str(folder / "shards"), "--jobs", "1"]) == 0
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def run_folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the `tiny` recipe, trained through the command; do not change it."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    overrides = [f"data.shards={shards}", f"run.out={out}", "run.validate_every=32", "export.statistics_images=10"]
+    assert main(["run", "tiny", *overrides]) == 0
+    return out

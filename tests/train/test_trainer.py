@@ -1,0 +1,299 @@
+"""The training loop through the command `codec-train run`, on the tiny recipe."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from codec import Codec, images, model_folder
+from codec.shards import read_index
+from train import config
+from train.autoencoder import AutoencoderTask
+from train.cli import main
+from train.data import SampleSequence, split
+from train.trainer import Progress, Trainer, averaged, learning_rate
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> None:
+    """Accelerate keeps its precision for the life of a process; each test here is a run of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def log(run: Path, event: str = "step") -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def trainer(shards: Path, out: Path, *overrides: str) -> Trainer:
+    out.mkdir(parents=True, exist_ok=True)
+    resolved = config.load("tiny", [f"data.shards={shards}", f"run.out={out}", *overrides])
+    training, validation = split(read_index(shards), resolved.data.n_validation)
+    torch.manual_seed(resolved.run.seed)
+    task = AutoencoderTask(resolved, training, validation)
+    return Trainer(resolved, task, SampleSequence(training, resolved.data, resolved.run.seed))
+
+
+def test_a_run_leaves_what_it_promises(run_folder: Path) -> None:
+    steps = log(run_folder)
+    assert [line["images"] for line in steps] == list(range(4, 65, 4))
+    assert {"loss", "l1", "ms_ssim", "kl", "lr", "gradient_norm", "time_s"} <= set(steps[0])
+    assert all(line["loss"] == pytest.approx(line["l1"] + line["ms_ssim"] + line["kl"], rel=1e-5) for line in steps)
+    assert [line["images"] for line in log(run_folder, "validation")] == [32, 64]
+    assert log(run_folder, "validation")[-1]["psnr"] > 5
+    grid = images.load(run_folder / "validation" / "images-000000064.png")
+    assert grid.shape[0] > 100  # originals above reconstructions
+    assert json.loads((run_folder / "config.json").read_text())["optim"]["lr"] == 2e-3
+    assert json.loads((run_folder / "environment.json").read_text())["versions"]["torch"] == version("torch")
+    checkpoint = torch.load(run_folder / "checkpoints" / "last.pt", weights_only=True)
+    assert checkpoint["progress"]["images"] == 64
+    assert {"module", "ema", "optimizer"} <= set(checkpoint)
+
+
+def test_training_lowers_the_loss(shards: Path, tmp_path: Path) -> None:
+    made = trainer(shards, tmp_path / "r", "run.n_images=400", "optim.batch_size=8")
+    iterator = iter(made._loader)
+    losses = [made._step(iterator)["loss"] for _ in range(50)]
+    assert np.mean(losses[-5:]) < 0.75 * losses[0]
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32_weights_and_averages(shards: Path, tmp_path: Path) -> None:
+    made = trainer(shards, tmp_path / "r", "run.precision=bf16")
+    seen = []
+    convolution = made.task._network.decoder.conv_out
+    convolution.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    made._step(iter(made._loader))
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in made.module.parameters()} == {torch.float32}
+    made.task.evaluate(made.ema.module, made.device)
+    assert {p.dtype for p in made.ema.parameters()} == {torch.float32}
+    averaged_seen = []
+    made.ema.module.network.decoder.conv_out.register_forward_hook(
+        lambda module, inputs, output: averaged_seen.append(output.dtype)
+    )
+    made.task.evaluate(made.ema.module, made.device)
+    assert set(averaged_seen) == {torch.float32}
+
+
+def test_from_pretrained_in_a_fresh_process_gives_the_trainers_own_reconstruction(run_folder: Path) -> None:
+    script = (
+        "import sys, torch; from diffusers import AutoencoderKL; from safetensors.torch import load_file\n"
+        "vae = AutoencoderKL.from_pretrained(sys.argv[1]).eval(); f = load_file(sys.argv[2])\n"
+        "with torch.no_grad():\n"
+        "    z = vae.encode(f['x']).latent_dist.mode(); x_hat = vae.decode(z).sample\n"
+        "print(float((z - f['z']).abs().max()), float((x_hat - f['x_hat']).abs().max()), float(f['x_hat'].std()))\n"
+    )
+    command = [sys.executable, "-c", script, str(run_folder / "model"), str(run_folder / "fixture.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    z_error, x_error, spread = map(float, done.stdout.split())
+    assert z_error <= 1e-5
+    assert x_error <= 1e-5
+    assert spread > 1e-3
+
+
+def test_the_fixture_and_the_model_are_the_averaged_weights(run_folder: Path) -> None:
+    checkpoint = torch.load(run_folder / "checkpoints" / "last.pt", weights_only=True)
+    exported = AutoencoderKL.from_pretrained(run_folder / "model").state_dict()
+    same_as_average = [
+        torch.equal(exported[k.removeprefix("module.network.")], v)
+        for k, v in checkpoint["ema"].items()
+        if "network" in k
+    ]
+    same_as_last = [torch.equal(exported[k.removeprefix("network.")], v) for k, v in checkpoint["module"].items()]
+    assert same_as_average
+    assert all(same_as_average)
+    assert not any(same_as_last)
+
+
+def test_the_config_is_measured_and_the_folder_is_a_codec(run_folder: Path, shards: Path) -> None:
+    model = run_folder / "model"
+    config_json = json.loads((model / "config.json").read_text())
+    folder = model_folder.read(model)
+    assert config_json["scaling_factor"] != pytest.approx(0.18215)
+    assert config_json["shift_factor"] == pytest.approx(folder.mean.mean(), rel=1e-4)
+    assert config_json["sample_size"] == 64
+    assert config_json["force_upcast"] is False
+    # Recomputed independently, in one piece, from the same ten images.
+    vae = AutoencoderKL.from_pretrained(model).eval()
+    training, _ = split(read_index(shards), 2)
+    from codec.pixels import to_float
+    from train.data import whole_images
+
+    with torch.no_grad():
+        z = torch.cat(
+            [
+                vae.encode(to_float(x)[None]).latent_dist.mode()[0].flatten(1)
+                for _, x in whole_images(training, 1024, 2)
+            ],
+            1,
+        ).double()
+    assert 1 / config_json["scaling_factor"] == pytest.approx(float(z.std(correction=0)), rel=1e-6)
+    np.testing.assert_allclose(folder.mean, z.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(folder.info["statistics"]["std"], z.std(1, correction=0), rtol=1e-6)
+    codec = Codec.load(model)
+    image = images.load(run_folder / "validation" / "images-000000064.png")
+    assert codec.decode(codec.encode(image)).shape == image.shape
+    card = (model / "README.md").read_text()
+    assert folder.stream_id in card
+    assert "64 images seen in 16 steps" in card
+    assert "licence: not stated" in card
+
+
+def test_the_coarsest_quality_is_at_its_rate_on_the_training_images(run_folder: Path, shards: Path) -> None:
+    codec = Codec.load(run_folder / "model")
+    from train.data import whole_images
+
+    training, _ = split(read_index(shards), 2)
+    bits = pixels = 0.0
+    for _, image in whole_images(training, 1024, 2):
+        _, indices = codec.indices(codec.encode(image, 0))
+        bits += codec._folder.table_sets[codec.stream_id].bits(indices, 0)
+        pixels += image.shape[0] * image.shape[1]
+    assert bits / pixels == pytest.approx(0.08, rel=0.05)
+
+
+def test_accumulating_four_batches_equals_a_batch_four_times_larger(shards: Path, tmp_path: Path) -> None:
+    def after(n: int, *overrides: str) -> dict[str, torch.Tensor]:
+        made = trainer(shards, tmp_path / str(n), "loss.kl_weight=0", "data.flip=false", *overrides)
+        # No posterior noise (batches of other sizes draw other noise): below diffusers' clamp, so without gradient too.
+        made.task._network.encoder.conv_out.bias.data[4:] = -40
+        iterator = iter(made._loader)
+        for _ in range(3):
+            made._step(iterator)
+        assert made.progress.images == 24
+        return made.module.state_dict()
+
+    large, accumulated = after(1, "optim.batch_size=8"), after(2, "optim.batch_size=2", "optim.accumulate=4")
+    for name, value in large.items():
+        torch.testing.assert_close(accumulated[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_the_learning_rate_warms_up_and_follows_half_a_cosine() -> None:
+    optim = config.OptimConfig(lr=1.0, warmup_images=100, final_lr_ratio=0.1)
+    assert learning_rate(optim, 0, 0.0) == 0
+    assert learning_rate(optim, 50, 0.0) == pytest.approx(0.5)
+    assert learning_rate(optim, 100, 0.0) == pytest.approx(1.0)
+    assert learning_rate(optim, 1000, 0.5) == pytest.approx(0.55)
+    assert learning_rate(optim, 1000, 1.0) == pytest.approx(0.1)
+    constant = config.OptimConfig(lr=1.0, warmup_images=0, schedule="constant")
+    assert learning_rate(constant, 10, 0.9) == 1.0
+
+
+def test_progress_is_of_images_or_time_whichever_is_further() -> None:
+    assert Progress(images=50, time_s=10).fraction(100, 0) == 0.5
+    assert Progress(images=50, time_s=60).fraction(100, 80) == 0.75
+    assert Progress(images=500, time_s=0).fraction(100, 80) == 1.0
+
+
+def test_the_average_warms_up() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = averaged(module, decay=0.5)
+    expected = None
+    for t, value in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0]):
+        module.weight.data.fill_(value)
+        average.update_parameters(module)
+        decay = min(0.5, (1 + t) / (10 + t))
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+        assert float(average.module.weight) == pytest.approx(expected)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_samples(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = AutoencoderTask.generator_step
+    seen: list[list[str]] = []
+    weights: list[torch.Tensor] = []
+
+    def poisoned(self, module, batch, generator):
+        losses = original(self, module, batch, generator)
+        seen.append(batch["key"])
+        if len(seen) == 3:
+            weights.append(module.network.decoder.conv_out.weight.detach().clone())
+            losses["l1"] = losses["l1"] * float("nan")
+        return losses
+
+    monkeypatch.setattr(AutoencoderTask, "generator_step", poisoned)
+    out = tmp_path / "r"
+    assert main(["run", "tiny", f"data.shards={shards}", f"run.out={out}"]) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")][-1]
+    assert "step 2: not finite: " in error
+    assert "l1 = nan" in error
+    assert all(key in error for key in seen[2])
+    assert not (out / "model").exists()
+
+
+def test_broken_samples_are_counted_and_listed(shards: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "shards"
+    shutil.copytree(shards, broken)
+    ref = next(ref for ref in split(read_index(broken), 2)[0])
+    data = bytearray(ref.shard.read_bytes())
+    data[ref.offset : ref.offset + 40] = bytes(40)
+    ref.shard.write_bytes(data)
+    made = trainer(broken, tmp_path / "r")
+    iterator = iter(made._loader)
+    for _ in range(5):
+        made._step(iterator)
+    lines = [json.loads(line) for line in (tmp_path / "r" / "bad_samples.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == [ref.key]
+    assert made._bad == Counter({ref.key: 2})  # twice in 20 positions of 10 samples
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run.out={out}"], "Set data.shards"),
+        (["data.shards={tmp}/nowhere", "run.out={out}"], "no such folder"),
+        (["data.shards={shards}"], "Set run.out"),
+        (["data.shards={shards}", "run.out={shards}"], "not empty"),
+        (["data.shards={shards}", "run.out=/proc/x"], "cannot write here"),
+        (["data.shards={shards}", "run.out={out}", "data.n_validation=12"], "12 images in the shards"),
+        (["data.shards={shards}", "run.out={out}", "loss.perceptual=lpips-vgg"], "vgg16"),
+    ],
+)
+def test_mistakes_are_found_before_training(
+    overrides: list[str],
+    message: str,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    places = {"out": tmp_path / "r", "tmp": tmp_path, "shards": shards}
+    assert main(["run", "tiny", *(override.format(**places) for override in overrides)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_keeps_a_checkpoint(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Trainer._step
+
+    def interrupted(self, iterator):
+        if self.progress.step == 3:
+            raise KeyboardInterrupt
+        return step(self, iterator)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    out = tmp_path / "r"
+    assert main(["run", "tiny", f"data.shards={shards}", f"run.out={out}"]) == 130
+    assert torch.load(out / "checkpoints" / "last.pt", weights_only=True)["progress"]["step"] == 3
+    assert not list((out / "checkpoints").glob(".*"))
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_fixture_holds_a_picture_not_noise(run_folder: Path) -> None:
+    fixture = load_file(run_folder / "fixture.safetensors")
+    assert fixture["x"].shape == fixture["x_hat"].shape == (1, 3, 64, 64)
+    assert fixture["x"].abs().max() <= 1

@@ -1,0 +1,69 @@
+"""The command `codec-train`. Torch is imported only when a run starts."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codec import console
+from codec.console import Exit
+from train import config as configs
+from train.shards_cli import shards_command
+
+app = console.application(
+    "codec-train",
+    "Train autoencoders and export them as model folders. "
+    "Exit codes: 0 all well; 1 some files failed, or training stopped; 2 usage; 130 interrupted.",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see `codec.console.run`."""
+    return console.run(app, argv, "codec-train")
+
+
+app.command("shards")(shards_command)
+
+
+@app.command(epilog="Example: codec-train run small-f8c8 data.shards=shards run.out=runs/first run.time_limit_min=25")
+def run(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a recipe of the package.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, e.g. optim.lr=2e-4.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config as JSON and stop.")] = False,
+) -> int:
+    """Train a model and export it to RUN/model. Keys and defaults: --dry-run with any recipe."""
+    config = configs.load(recipe, overrides or [])
+    if dry_run:
+        print(json.dumps(config.to_dict(), indent=2))
+        return Exit.OK
+
+    from train.run import run as run_training  # after the config is known to be good: torch takes seconds to import
+    from train.trainer import NonFiniteError
+
+    try:
+        figures = run_training(config)
+    except NonFiniteError as exception:
+        console.error(str(exception))
+        return Exit.SOME_FAILED
+    if figures:
+        print(f"model: {Path(config.run.out) / 'model'}")
+        print(json.dumps(figures, indent=2))
+    return Exit.OK
+
+
+@app.command()
+def recipes() -> int:
+    """List the recipes of the package."""
+    print("\n".join(configs.names()))
+    return Exit.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

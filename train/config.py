@@ -1,0 +1,313 @@
+"""What a recipe can set: one frozen dataclass per component, read from TOML with `key=value` overrides.
+
+A recipe holds only what differs from the defaults below. An unknown key is an error that names the nearest known one.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from codec.errors import UsageError
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {value!r}, allowed: {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network: a diffusers.AutoencoderKL."""
+
+    family: Literal["kl"] = "kl"
+    """Which class of network; more follow."""
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Widths from full resolution down; f = 2^(number of widths - 1)."""
+    layers_per_block: int = 2
+    """Residual blocks a level in the encoder; the decoder has one more."""
+    latent_channels: int = 4
+    """D."""
+    norm_num_groups: int = 32
+    """Groups of GroupNorm; must divide every width."""
+    mid_block_add_attention: bool = True
+    """Self-attention over the whole latent grid, in the middle of encoder and decoder."""
+    use_quant_conv: bool = True
+    """The two 1x1 convolutions around the latents, as in Stable Diffusion 1 and 2."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.block_out_channels) >= 1, "model.block_out_channels", self.block_out_channels, "at least one")
+        for width in self.block_out_channels:
+            _require(
+                width > 0 and width % self.norm_num_groups == 0,
+                "model.block_out_channels",
+                width,
+                f"multiples of model.norm_num_groups = {self.norm_num_groups}",
+            )
+        _require(self.layers_per_block >= 1, "model.layers_per_block", self.layers_per_block, ">= 1")
+        _require(self.latent_channels >= 1, "model.latent_channels", self.latent_channels, ">= 1")
+
+    @property
+    def f(self) -> int:
+        """The downsampling factor."""
+        return 1 << (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on."""
+
+    shards: str = ""
+    """Folder written by `codec-train shards`."""
+    crop: int = 256
+    """Side of the square random crop, pixels; a multiple of f. Smaller images are enlarged to it."""
+    flip: bool = True
+    """Mirror half of the crops."""
+    n_validation: int = 64
+    """Images held out of training, chosen by a hash of their keys; 0 = none."""
+    validation_crop: int = 256
+    """Largest side of the centre crop that validation sees, pixels."""
+    workers: int = 1
+    """Processes that read images, per rank; 0 = read in the training process."""
+
+    def __post_init__(self) -> None:
+        _require(self.crop >= 8, "data.crop", self.crop, ">= 8")
+        _require(self.n_validation >= 0, "data.n_validation", self.n_validation, ">= 0")
+        _require(self.validation_crop >= 8, "data.validation_crop", self.validation_crop, ">= 8")
+        _require(self.workers >= 0, "data.workers", self.workers, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """loss = pixel + perceptual_weight * perceptual + ms_ssim_weight * (1 - MS-SSIM) + kl_weight * KL."""
+
+    pixel: Literal["l1", "l2"] = "l1"
+    """Mean over B, C, H, W of |x - x_hat| or of its square, pixels in [-1, 1]."""
+    perceptual: Literal["auto", "sqz10", "lpips-vgg", "lpips-alex", "none"] = "auto"
+    """auto: sqz10 when `features` or its default places hold SqueezeNet 1.0, else none (MS-SSIM takes its place)."""
+    features: str = ""
+    """File or folder of the perceptual backbone; empty = $LATENT_CODEC_FEATURES, then the torch cache."""
+    perceptual_weight: float = 0.15
+    """Weight of the perceptual distance, mean over B."""
+    ms_ssim_weight: float = 0.0
+    """Weight of 1 - MS-SSIM (mean over B)."""
+    fallback_ms_ssim_weight: float = 0.5
+    """ms_ssim_weight of a run with perceptual = "auto" that finds no features."""
+    kl_weight: float = 1e-3
+    """Weight of KL(q(z|x) || N(0, I)) in nats per image pixel: sum over D, h, w, divided by H * W, mean over B."""
+
+    def __post_init__(self) -> None:
+        for name in ("perceptual_weight", "ms_ssim_weight", "fallback_ms_ssim_weight", "kl_weight"):
+            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its schedule, and the moving average of the weights."""
+
+    lr: float = 1e-4
+    """Peak learning rate; never rescaled by batch size or ranks."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the first and second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: constant, or half a cosine down to `final_lr_ratio` of the peak at the end of the run."""
+    final_lr_ratio: float = 0.01
+    """Learning rate at the end / at the peak (cosine)."""
+    warmup_images: int = 2000
+    """Images over which the learning rate grows linearly from 0."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    batch_size: int = 16
+    """Images per forward pass and rank."""
+    accumulate: int = 1
+    """Forward passes per optimizer step."""
+    ema_decay: float = 0.999
+    """Decay per step of the averaged weights, which are what is exported; warm-up (1 + t) / (10 + t)."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "> 0")
+        _require(0 <= self.final_lr_ratio <= 1, "optim.final_lr_ratio", self.final_lr_ratio, "0..1")
+        _require(self.warmup_images >= 0, "optim.warmup_images", self.warmup_images, ">= 0")
+        _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0")
+        _require(self.batch_size >= 1, "optim.batch_size", self.batch_size, ">= 1")
+        _require(self.accumulate >= 1, "optim.accumulate", self.accumulate, ">= 1")
+        _require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "0 <= decay < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What the model folder is measured on, after training."""
+
+    name: str = ""
+    """Short name of the model; empty = the run folder's name."""
+    data_licence: str = ""
+    """Licence of the training images, for the model card; empty = the card says that it is not stated."""
+    statistics_images: int = 400
+    """Training images that latent statistics and entropy tables are measured on, whole (largest side 1024 pixels)."""
+
+    def __post_init__(self) -> None:
+        _require(self.statistics_images >= 1, "export.statistics_images", self.statistics_images, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, where, and how often."""
+
+    out: str = ""
+    """Run folder; must be new or empty."""
+    n_images: int = 1_000_000
+    """Length of the run in images seen, over all ranks."""
+    time_limit_min: float = 0.0
+    """Ends the run (and its schedule) after so many minutes if n_images is not reached; 0 = no limit."""
+    seed: int = 0
+    """Of weights, crops, order and posterior noise."""
+    precision: Literal["bf16", "no"] = "bf16"
+    """bf16 autocast of the networks (weights stay float32), or none."""
+    log_every: int = 20
+    """Steps between lines of log.jsonl."""
+    validate_every: int = 50_000
+    """Images between validations."""
+    checkpoint_every: int = 100_000
+    """Images between checkpoints; the end of the run always writes one."""
+
+    def __post_init__(self) -> None:
+        _require(self.n_images >= 1, "run.n_images", self.n_images, ">= 1")
+        _require(self.time_limit_min >= 0, "run.time_limit_min", self.time_limit_min, ">= 0")
+        for name in ("log_every", "validate_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole recipe."""
+
+    task: Literal["autoencoder"] = "autoencoder"
+    """What is trained; more follow."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.data.crop % self.model.f == 0, "data.crop", self.data.crop, f"multiples of f = {self.model.f}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return asdict(self)
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: path of a TOML file, or the name of one that comes with the package ("small-f8c8").
+        overrides: "section.key=value" each; the value is TOML, or a bare string.
+
+    Raises:
+        UsageError: no such recipe, bad TOML, an unknown key (names the nearest), a value of the wrong type or range.
+    """
+    path = Path(recipe)
+    packaged = resources.files("train.recipes") / f"{recipe}.toml"
+    try:
+        if path.is_file():
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        elif packaged.is_file():
+            tree = tomllib.loads(packaged.read_text(encoding="utf-8"))
+        else:
+            raise UsageError(f"{recipe}: no such recipe file, and none of that name among {', '.join(names())}")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as exception:
+        raise UsageError(f"{recipe}: not a readable TOML file: {exception}") from exception
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        config: Config = _build(Config, tree, "")
+    except ValueError as exception:
+        raise UsageError(f"{recipe}: {exception}") from exception
+    return config
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("train.recipes").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"{override}: expected key=value, for example optim.lr=2e-4")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"{override}: {section} is not a section")
+    tree[last] = value
+
+
+def _build(cls: type[Any], tree: Mapping[str, Any], prefix: str) -> Any:
+    """Build a dataclass from a TOML table; `prefix` is the dotted name of the table, with its dot."""
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        if key not in known:
+            raise ValueError(f"unknown key {prefix}{key}; {_nearest(prefix + key)}")
+        values[key] = _convert(value, hints[key], f"{prefix}{key}")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """Check a TOML value against a field's type; an int serves as a float, a list as a tuple."""
+    origin, args = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} = {value!r}, expected a section")
+        return _build(hint, value, f"{name}.")  # type: ignore[arg-type]
+    if origin is Literal:
+        _require(value in args, name, value, ", ".join(map(str, args)))
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            raise ValueError(
+                f"{name} = {value!r}, expected a list of {'numbers' if args[-1] is Ellipsis else len(args)}"
+            )
+        return tuple(_convert(item, args[0], name) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{name} = {value!r}, expected {hint.__name__}")
+    return value
+
+
+def _keys(cls: type[Any], prefix: str = "") -> list[str]:
+    """Every dotted key below a dataclass."""
+    out = []
+    for name, hint in get_type_hints(cls).items():
+        out += _keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [prefix + name]  # type: ignore[arg-type]
+    return out
+
+
+def _nearest(key: str) -> str:
+    """Name the known key nearest to an unknown one: of the same name, else like it in its section, else anywhere."""
+    known = _keys(Config)
+    section, _, name = key.rpartition(".")
+    in_section = [k for k in known if k.rpartition(".")[0] == section]
+    same = [k for k in known if k.rpartition(".")[2] == name]
+    beside = difflib.get_close_matches(key, in_section, n=1, cutoff=0.75)
+    anywhere = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = [*same, *beside, *anywhere]
+    return f"did you mean {near[0]}?" if near else f"sections are {', '.join(f.name for f in fields(Config))}"
