@@ -14,7 +14,7 @@ from rich.progress import TextColumn
 
 from codec import bitstream, console, images, model_folder
 from codec.console import Exit
-from codec.errors import FormatError, ImageError, ModelError, UsageError
+from codec.errors import FormatError, ModelError, UsageError
 from codec.files import Source, check_writable, find, write_atomic
 
 app = console.application(
@@ -125,7 +125,7 @@ def info(
             header, payload = bitstream.unpack(data)
         except (FormatError, OSError) as exception:
             failed += 1
-            console.error(f"{source.path}: {_reason(exception)}")
+            console.error(_failure(source.path, exception))
             continue
         fields = {
             "path": str(source.path),
@@ -149,21 +149,25 @@ def info(
 @app.command()
 def models() -> int:
     """List the models that -m and decode find by name or id: those under $CODEC_MODELS, then the package's own."""
-    failed = False
-    folders = model_folder.available()
-    for path in folders:
-        try:
-            folder = model_folder.read(path)
-        except ModelError as exception:
-            console.error(str(exception))
-            failed = True
-            continue
-        streams = ",".join(folder.table_sets)
-        print(f"{folder.name}  f{folder.f} c{folder.channels}  stream {streams}  decoder {folder.decoder_id}  {path}")
+    folders = _readable_models()
+    for folder in folders:
+        ids = f"stream {','.join(folder.table_sets)}  decoder {folder.decoder_id}"
+        print(f"{folder.name}  f{folder.f} c{folder.channels}  {ids}  {folder.path}")
     if not folders:
         places = ", ".join(str(place) for place in model_folder.search_path())
         print(f"no models in {places}; name a folder of models in ${model_folder.MODELS_VARIABLE}")
-    return Exit.SOME_FAILED if failed else Exit.OK
+    return Exit.SOME_FAILED if len(folders) < len(model_folder.available()) else Exit.OK
+
+
+def _readable_models() -> list[model_folder.ModelFolder]:
+    """Read every model on the search path; a damaged one is an error on stderr and left out."""
+    folders = []
+    for path in model_folder.available():
+        try:
+            folders.append(model_folder.read(path))
+        except ModelError as exception:
+            console.error(str(exception))
+    return folders
 
 
 def _decoders(found: Sequence[Source], model: str | None) -> list[model_folder.ModelFolder]:
@@ -176,7 +180,7 @@ def _decoders(found: Sequence[Source], model: str | None) -> list[model_folder.M
     if model is not None:
         folders = [model_folder.read(model_folder.resolve(model))]
     else:
-        folders = [model_folder.read(path) for path in model_folder.available()]
+        folders = _readable_models()
         if not folders:
             raise UsageError(
                 f"which model? Give -m MODEL, or name a folder of models in ${model_folder.MODELS_VARIABLE}"
@@ -228,11 +232,10 @@ def _each(
                 data = convert(source)
                 write_atomic(target, data, exclusive=True)
                 size_bytes += len(data)
-            except (ImageError, FormatError, ModelError, OSError, ValueError) as exception:
-                reason = f"{target} exists already, left untouched" if isinstance(exception, FileExistsError) else ""
-                failures.append(
-                    f"{source.path}: {reason or _reason(exception)}".replace(f"{source.path}: " * 2, f"{source.path}: ")
-                )
+            except FileExistsError:
+                failures.append(f"{source.path}: {target} exists already, left untouched")
+            except (ValueError, OSError, RuntimeError, MemoryError) as exception:  # torch's out of memory: RuntimeError
+                failures.append(_failure(source.path, exception))
             bar.update(task, advance=1, note=f"{size_bytes / 1e6:.2f} MB")
     for failure in failures:
         console.error(failure)
@@ -246,9 +249,12 @@ def _output_name(relative: PurePosixPath, suffix: str, strip: str) -> PurePosixP
     return relative.with_name(name + suffix)
 
 
-def _reason(exception: Exception) -> str:
-    """The reason alone: the operating system's word for it, or the message."""
-    return exception.strerror if isinstance(exception, OSError) and exception.strerror else str(exception)
+def _failure(path: Path, exception: Exception) -> str:
+    """Say which file failed and why: the operating system's word for it, or the message."""
+    if isinstance(exception, OSError) and exception.strerror:
+        return f"{path}: {exception.strerror}"
+    message = str(exception) or type(exception).__name__
+    return message if message.startswith(f"{path}: ") else f"{path}: {message}"
 
 
 if __name__ == "__main__":

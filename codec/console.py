@@ -102,6 +102,9 @@ def run(app: typer.Typer, argv: Sequence[str] | None, name: str) -> int:
     except (UsageError, ImageError) as exception:
         error(str(exception))
         return Exit.USAGE
+    except OSError as exception:  # a full disk, a folder that went away
+        error(f"{exception.filename}: {exception.strerror}" if exception.filename else str(exception))
+        return Exit.USAGE
     except FormatError as exception:
         error(str(exception))
         return Exit.SOME_FAILED

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from diffusers import AutoencoderKL
 
-from codec.errors import ModelError
+from codec.errors import ModelError, UsageError
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def load_latent_model(folder: Path, device: str | torch.device = "cpu") -> Laten
 
     Raises:
         ModelError: the folder or its weights are missing or damaged, or the class is not supported.
+        UsageError: there is no such device.
     """
     try:
         config = AutoencoderKL.load_config(folder, local_files_only=True)
@@ -103,4 +104,8 @@ def load_latent_model(folder: Path, device: str | torch.device = "cpu") -> Laten
         Exception
     ) as exception:  # diffusers raises many types for damaged weights; the user needs the folder and the reason
         raise ModelError(f"{folder}: cannot load the weights: {exception}") from exception
-    return KLModel(network.to(device).eval().requires_grad_(False))
+    try:
+        network.to(device)
+    except (RuntimeError, AssertionError) as exception:  # what torch raises for devices that it does not have
+        raise UsageError(f"device {device}: {exception}") from exception
+    return KLModel(network.eval().requires_grad_(False))

@@ -22,7 +22,8 @@ DEFAULT_QUALITY = 50
 class Codec:
     """One model, ready to encode and decode. Images are coded one by one, so batching can never change the bytes."""
 
-    def __init__(self, folder: ModelFolder, model: LatentModel, device: str | torch.device = "cpu") -> None:
+    def __init__(self, folder: ModelFolder, model: LatentModel) -> None:
+        """Join the torch-free part of a folder and its network; `load` does both."""
         if (folder.f, folder.channels) != (model.f, model.channels):
             raise ModelError(
                 f"{folder.path}: codec.json says f {folder.f}, {folder.channels} channels; "
@@ -30,7 +31,7 @@ class Codec:
             )
         self._folder = folder
         self.model = model
-        self.device = torch.device(device)
+        self.device = next(model.network.parameters()).device
 
     @classmethod
     def load(cls, model: str | Path, device: str | torch.device = "cpu") -> "Codec":
@@ -42,9 +43,10 @@ class Codec:
 
         Raises:
             ModelError: missing or damaged.
+            UsageError: there is no such device.
         """
         folder = model_folder.read(model_folder.resolve(model))
-        return cls(folder, load_latent_model(folder.path, device), device)
+        return cls(folder, load_latent_model(folder.path, device))
 
     @property
     def name(self) -> str:

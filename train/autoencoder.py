@@ -16,30 +16,13 @@ from codec.latent_model import KLModel
 from codec.pixels import to_float, to_uint8
 from codec.shards import SampleRef
 from eval.metrics import ms_ssim, psnr
-from train.config import Config, ModelConfig
+from train.config import Config
 from train.data import whole_images
 from train.export import export_model
 from train.losses import ReconstructionLoss, kl_per_pixel
+from train.networks import build_network
 
 _GRID = 6  # pictures in the validation grid
-
-
-def build_network(config: ModelConfig) -> AutoencoderKL:
-    """Build a diffusers.AutoencoderKL with random weights (torch's default generator)."""
-    n = len(config.block_out_channels)
-    return AutoencoderKL(
-        block_out_channels=config.block_out_channels,
-        down_block_types=("DownEncoderBlock2D",) * n,
-        up_block_types=("UpDecoderBlock2D",) * n,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.norm_num_groups,
-        mid_block_add_attention=config.mid_block_add_attention,
-        use_quant_conv=config.use_quant_conv,
-        use_post_quant_conv=config.use_quant_conv,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
 
 
 class AutoencoderModule(nn.Module):

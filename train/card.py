@@ -25,6 +25,7 @@ def model_card(
     """
     record = info["training"]
     model = config.model
+    crops = f"{config.data.crop}, then {config.data.final_crop}" if config.data.final_crop else str(config.data.crop)
     lines = [
         f"# {info['name']}",
         "",
@@ -43,10 +44,9 @@ def model_card(
         "",
         "## Training",
         "",
-        f"- data: {info.get('data_summary') or 'the shards named in the run'}; "
-        f"licence: {config.export.data_licence or 'not stated'}",
+        f"- data: {record['data']}; licence: {config.export.data_licence or 'not stated'}",
         f"- {record.get('images_seen', 'n/a')} images seen in {record.get('steps', 'n/a')} steps, "
-        f"{record.get('time_s', 0) / 60:.1f} minutes; crops of {config.data.crop} pixels",
+        f"{record.get('time_s', 0) / 60:.1f} minutes; crops of {crops} pixels",
         f"- loss: {record.get('losses', 'n/a')}; no discriminator",
         f"- AdamW, lr {config.optim.lr:g}, {config.optim.schedule}; these are the averaged weights (EMA "
         f"{config.optim.ema_decay:g} per step)",

@@ -35,6 +35,8 @@ class ModelConfig:
     """Groups of GroupNorm; must divide every width."""
     mid_block_add_attention: bool = True
     """Self-attention over the whole latent grid, in the middle of encoder and decoder."""
+    init: Literal["linear", "diffusers"] = "linear"
+    """linear: a nearly linear pyramid that lets brightness pass, learns much sooner; diffusers: torch's default."""
     use_quant_conv: bool = True
     """The two 1x1 convolutions around the latents, as in Stable Diffusion 1 and 2."""
 
@@ -46,6 +48,12 @@ class ModelConfig:
                 "model.block_out_channels",
                 width,
                 f"multiples of model.norm_num_groups = {self.norm_num_groups}",
+            )
+            _require(
+                self.init != "linear" or width % (2 * self.norm_num_groups) == 0,
+                "model.norm_num_groups",
+                self.norm_num_groups,
+                f"an even number of channels in each group of width {width} (one channel a group loses brightness)",
             )
         _require(self.layers_per_block >= 1, "model.layers_per_block", self.layers_per_block, ">= 1")
         _require(self.latent_channels >= 1, "model.latent_channels", self.latent_channels, ">= 1")
@@ -64,6 +72,11 @@ class DataConfig:
     """Folder written by `codec-train shards`."""
     crop: int = 256
     """Side of the square random crop, pixels; a multiple of f. Smaller images are enlarged to it."""
+    final_crop: int = 0
+    """Side of the crop in the last part of the run, pixels; 0 = `crop` throughout. Small crops give many cheap steps;
+    large ones then fit the norms, which look at the whole image, to large images."""
+    final_part: float = 0.35
+    """The last part of the run that takes `final_crop`, as a share of its length."""
     flip: bool = True
     """Mirror half of the crops."""
     n_validation: int = 64
@@ -72,12 +85,17 @@ class DataConfig:
     """Largest side of the centre crop that validation sees, pixels."""
     workers: int = 1
     """Processes that read images, per rank; 0 = read in the training process."""
+    cache_mb: float = 0.0
+    """Decoded images that each worker keeps in memory, 10^6 bytes: spares small sets their decoding; 0 = none."""
 
     def __post_init__(self) -> None:
         _require(self.crop >= 8, "data.crop", self.crop, ">= 8")
+        _require(self.final_crop == 0 or self.final_crop >= 8, "data.final_crop", self.final_crop, "0 or >= 8")
+        _require(0 <= self.final_part <= 1, "data.final_part", self.final_part, "0..1")
         _require(self.n_validation >= 0, "data.n_validation", self.n_validation, ">= 0")
         _require(self.validation_crop >= 8, "data.validation_crop", self.validation_crop, ">= 8")
         _require(self.workers >= 0, "data.workers", self.workers, ">= 0")
+        _require(self.cache_mb >= 0, "data.cache_mb", self.cache_mb, ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +214,9 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _require(self.data.crop % self.model.f == 0, "data.crop", self.data.crop, f"multiples of f = {self.model.f}")
+        for name in ("crop", "final_crop"):
+            side = getattr(self.data, name)
+            _require(side % self.model.f == 0, f"data.{name}", side, f"multiples of f = {self.model.f}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

@@ -5,6 +5,7 @@
 What stands at position k of a run is a pure function of (seed, k): neither ranks nor workers change the sequence.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -43,8 +44,21 @@ class SampleSequence(Dataset[dict[str, Any]]):
         self._samples = list(samples)
         self._config = config
         self._seed = seed
+        self._cache: dict[str, np.ndarray] = {}
+        self._cache_bytes = 0
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
+        self._side = config.crop
+        self._final: SampleSequence | None = None
+
+    def stage(self, fraction: float) -> "SampleSequence":
+        """Return the sequence to read from when `fraction` (0..1) of the run is done: this one, or with final crops."""
+        if self._config.final_crop == 0 or fraction < 1 - self._config.final_part:
+            return self
+        if self._final is None:
+            self._final = copy.copy(self)  # shares the cache
+            self._final._side = self._config.final_crop
+        return self._final
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Return image (3, crop, crop) float32 in [-1, 1], key, and the unreadable samples met on the way.
@@ -59,16 +73,26 @@ class SampleSequence(Dataset[dict[str, Any]]):
         bad: list[tuple[str, str]] = []
         for _ in range(_REPLACEMENTS):
             try:
-                image = images.load(read_sample(sample), name=f"{sample.shard.name}/{sample.key}")
+                image = self._load(sample)
             except (ImageError, OSError) as exception:
                 bad.append((sample.key, str(exception)))
                 sample = self._samples[int(rng.integers(len(self._samples)))]
                 continue
-            crop = random_crop(image, self._config.crop, rng)
+            crop = random_crop(image, self._side, rng)
             if self._config.flip and rng.random() < 0.5:
                 crop = crop[:, ::-1]
             return {"image": to_float(crop), "key": sample.key, "bad": bad}
         raise UsageError(f"{_REPLACEMENTS} unreadable samples in a row; the first: {bad[0][1]}")
+
+    def _load(self, sample: SampleRef) -> np.ndarray:
+        """Decode a sample, or take it from the cache, which fills once: in a random order nothing is worth evicting."""
+        image = self._cache.get(sample.key)
+        if image is None:
+            image = images.load(read_sample(sample), name=f"{sample.shard.name}/{sample.key}")
+            if self._cache_bytes + image.nbytes <= self._config.cache_mb * 1e6:
+                self._cache[sample.key] = image
+                self._cache_bytes += image.nbytes
+        return image
 
     def _index(self, position: int) -> int:
         """Every epoch is one random order of all samples."""

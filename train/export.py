@@ -80,7 +80,11 @@ def export_model(
         "scaling_factor": network.config.scaling_factor,
         "shift_factor": network.config.shift_factor,
         "statistics": summary.to_json(),
-        "training": dict(record),
+        "training": {
+            "data": f"{len(training)} images of the shard set {Path(config.data.shards).resolve().name}, "
+            f"{len(validation)} more held out",
+            **record,
+        },
     }
     model_folder.write(out, info=info, mean=summary.mean, step=step, table_sets=[fitted])
     figures = _check(Codec.load(out, device), validation, config)
@@ -196,7 +200,7 @@ def _write_network(
     network.register_to_config(
         scaling_factor=1.0 / summary.global_std,
         shift_factor=summary.global_mean,
-        sample_size=config.data.crop,
+        sample_size=max(config.data.crop, config.data.final_crop),
         force_upcast=largest_activation > _FP16_LIMIT,
     )
     network.save_pretrained(out)

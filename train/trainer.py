@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from accelerate import Accelerator
 from rich.progress import TextColumn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 
 from codec import console, images
 from codec.errors import UsageError
@@ -109,18 +108,25 @@ class Trainer:
             betas=config.optim.betas,
             weight_decay=config.optim.weight_decay,
         )
-        self._loader = self._batches(sequence)
+        self._sequence = sequence
         self._bad: Counter[str] = Counter()
         self._last_validation: dict[str, float] = {}
 
-    def _batches(self, sequence: SampleSequence) -> DataLoader[dict[str, Any]]:
-        return batches(  # sharded by rank here and nowhere else: the loader is never given to accelerator.prepare
+    def _batches(self, sequence: SampleSequence) -> Iterator[dict[str, Any]]:
+        """Read on from where the run stands."""
+        loader = batches(  # sharded by rank here and nowhere else: the loader is never given to accelerator.prepare
             sequence,
             self.config.optim.batch_size,
             self.config.data.workers,
             rank=self.accelerator.process_index,
             n_ranks=self.accelerator.num_processes,
+            start=self.progress.images,
         )
+        try:
+            yield from loader
+        except UsageError as exception:  # out of a worker process it comes with that process's traceback in front
+            reason = str(exception).strip().splitlines()[-1]
+            raise UsageError(reason.removeprefix("codec.errors.UsageError: ")) from exception
 
     def run(self) -> dict[str, Any]:
         """Train, validate, checkpoint and export; return what the model folder's export reported.
@@ -136,9 +142,11 @@ class Trainer:
         columns = (TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[losses]}"))
         with console.progress(*columns, disable=not main) as bar:
             task = bar.add_task("training", total=config.run.n_images, speed="", losses="")
-            iterator = iter(self._loader)
+            sequence = None
             try:
                 while self._fraction() < 1.0:
+                    if (stage := self._sequence.stage(self._fraction())) is not sequence:
+                        sequence, iterator = stage, self._batches(stage)
                     losses = self._step(iterator)
                     if self.progress.step % config.run.log_every == 0:
                         self._log({"lr": self.optimizer.param_groups[0]["lr"], **losses})
@@ -171,7 +179,7 @@ class Trainer:
             fraction = float(self.accelerator.reduce(torch.tensor(fraction, device=self.device), reduction="mean"))
         return fraction
 
-    def _step(self, iterator: Any) -> dict[str, float]:
+    def _step(self, iterator: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step over `accumulate` batches; returns the mean losses of this rank."""
         config, start = self.config.optim, time.perf_counter()
         rate = learning_rate(config, self.progress.images, self._fraction())
@@ -262,6 +270,8 @@ class Trainer:
                 temporary,
             )
             temporary.replace(folder / "last.pt")
+        except (OSError, RuntimeError) as exception:  # torch's writer raises RuntimeError on a full disk
+            raise UsageError(f"{folder}: cannot write the checkpoint: {exception}") from exception
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -285,7 +295,7 @@ class Trainer:
             "validation": self._last_validation,
             "n_bad_samples": sum(self._bad.values()),
             "losses": self.task.describe()["loss"],
-            "environment": environment(),
+            **{name: value for name, value in environment().items() if name != "command"},  # it holds local paths
         }
         return self.task.export(self.ema.module, self.out / "model", record, self.device)
 
@@ -299,7 +309,7 @@ def check_run_folder(out: str) -> Path:
     if not out:
         raise UsageError("where to? Set run.out=FOLDER")
     path = Path(out)
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise UsageError(f"{path}: not empty; name a new folder for run.out")
     check_writable(path)
     return path

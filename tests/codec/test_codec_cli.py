@@ -175,6 +175,7 @@ def test_another_decoder_of_the_same_stream_decodes_and_says_so(
         (["encode", "{photos}", "-o", "/proc/nothing", "-m", "{model}"], 2, "cannot write here"),
         (["encode", "{photos}", "-o", "{out}", "-m", "{tmp}/no-model"], 3, "no such model folder"),
         (["encode", "{photos}", "-o", "{out}", "-m", "{empty}"], 3, "no codec.json"),
+        (["encode", "{photos}", "-o", "{out}", "-m", "{model}", "--device", "warp"], 2, "device warp"),
         (["encode", "{photos}", "-o", "{out}", "-m", "{model}", "-q", "101"], 2, "less than or equal to 100"),
         (["decode", "{photos}", "-o", "{out}", "-m", "{model}"], 2, "no compressed files found"),
         (["decode", "{photos}/a.png", "-o", "{out}", "-m", "{model}"], 1, "not a latent-codec file"),

@@ -14,7 +14,7 @@ def write(path: Path, text: str) -> str:
 
 
 def test_a_recipe_holds_differences_and_overrides_win(tmp_path: Path) -> None:
-    recipe = write(tmp_path / "r.toml", "[optim]\nlr = 1\nbatch_size = 3\n[model]\nblock_out_channels = [32, 64]\n")
+    recipe = write(tmp_path / "r.toml", "[optim]\nlr = 1\nbatch_size = 3\n[model]\nblock_out_channels = [64, 128]\n")
     resolved = config.load(recipe, ["optim.lr=2e-4", "run.out=some/where", "data.flip=false", "optim.betas=[0.5, 0.9]"])
     assert (resolved.optim.lr, resolved.optim.batch_size, resolved.optim.betas) == (2e-4, 3, (0.5, 0.9))
     assert (resolved.model.f, resolved.run.out, resolved.data.flip) == (2, "some/where", False)

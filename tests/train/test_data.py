@@ -61,6 +61,27 @@ def test_a_crop_is_a_piece_of_the_image_mirrored_or_not(shards: Path) -> None:
     assert len(set(mirrored)) == 2
 
 
+def test_the_final_stage_takes_other_crops_of_the_same_samples(shards: Path) -> None:
+    refs = read_index(shards)
+    sequence = SampleSequence(refs, DataConfig(crop=32, final_crop=48, final_part=0.25), seed=3)
+    assert sequence.stage(0.7) is sequence
+    final = sequence.stage(0.75)
+    assert sequence.stage(1.0) is final
+    assert (sequence[40]["image"].shape, final[40]["image"].shape) == ((3, 32, 32), (3, 48, 48))
+    assert sequence[40]["key"] == final[40]["key"]
+    assert SampleSequence(refs, CONFIG, seed=3).stage(1.0)[40]["image"].shape == (3, 32, 32)
+
+
+def test_the_cache_changes_no_sample_and_keeps_to_its_size(shards: Path) -> None:
+    refs = read_index(shards)
+    plain = SampleSequence(refs, CONFIG, seed=3)
+    cached = SampleSequence(refs, DataConfig(crop=32, cache_mb=0.1), seed=3)  # four of the twelve images
+    for position in range(2 * len(refs)):
+        assert torch.equal(plain[position]["image"], cached[position]["image"])
+    assert 0 < sum(image.nbytes for image in cached._cache.values()) <= 100_000
+    assert not plain._cache
+
+
 def test_images_smaller_than_the_crop_are_enlarged() -> None:
     rng = np.random.default_rng(0)
     small = np.full((10, 20, 3), 77, np.uint8)

@@ -6,11 +6,14 @@ import torch
 
 from codec.errors import UsageError
 from eval.features import SqueezeFeatures
-from train.autoencoder import AutoencoderModule, build_network
+from train.autoencoder import AutoencoderModule
 from train.config import LossConfig, ModelConfig
 from train.losses import ReconstructionLoss, build_perceptual, kl_per_pixel, ms_ssim_loss, pixel_loss
+from train.networks import build_network
 
+# torch's own initialisation: the linear one starts residual branches at zero, where their first half has no gradient.
 TINY = ModelConfig(
+    init="diffusers",
     block_out_channels=(8, 16),
     layers_per_block=1,
     norm_num_groups=4,

@@ -59,9 +59,22 @@ def test_a_run_leaves_what_it_promises(run_folder: Path) -> None:
     assert {"module", "ema", "optimizer"} <= set(checkpoint)
 
 
+def test_a_run_changes_to_its_final_crops_and_reads_on_from_where_it_stands(shards: Path, tmp_path: Path) -> None:
+    made = trainer(shards, tmp_path / "r", "data.final_crop=96", "data.final_part=0.25", "run.n_images=32")
+    seen = []
+    step = made.task.generator_step
+    made.task.generator_step = lambda module, batch, generator: (
+        seen.append((batch["image"].shape[-1], batch["key"])) or step(module, batch, generator)
+    )
+    made.run()
+    assert [side for side, _ in seen] == [64] * 6 + [96] * 2
+    keys = [key for _, batch in seen for key in batch]
+    assert keys == [made._sequence[position]["key"] for position in range(32)]
+
+
 def test_training_lowers_the_loss(shards: Path, tmp_path: Path) -> None:
     made = trainer(shards, tmp_path / "r", "run.n_images=400", "optim.batch_size=8")
-    iterator = iter(made._loader)
+    iterator = made._batches(made._sequence)
     losses = [made._step(iterator)["loss"] for _ in range(50)]
     assert np.mean(losses[-5:]) < 0.75 * losses[0]
 
@@ -71,7 +84,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights_and_averages(shards: Pa
     seen = []
     convolution = made.task._network.decoder.conv_out
     convolution.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    made._step(iter(made._loader))
+    made._step(made._batches(made._sequence))
     assert seen == [torch.bfloat16]
     assert {p.dtype for p in made.module.parameters()} == {torch.float32}
     made.task.evaluate(made.ema.module, made.device)
@@ -145,7 +158,7 @@ def test_the_config_is_measured_and_the_folder_is_a_codec(run_folder: Path, shar
     card = (model / "README.md").read_text()
     assert folder.stream_id in card
     assert "64 images seen in 16 steps" in card
-    assert "licence: not stated" in card
+    assert "data: 10 images of the shard set shards, 2 more held out; licence: not stated" in card
 
 
 def test_the_coarsest_quality_is_at_its_rate_on_the_training_images(run_folder: Path, shards: Path) -> None:
@@ -166,7 +179,7 @@ def test_accumulating_four_batches_equals_a_batch_four_times_larger(shards: Path
         made = trainer(shards, tmp_path / str(n), "loss.kl_weight=0", "data.flip=false", *overrides)
         # No posterior noise (batches of other sizes draw other noise): below diffusers' clamp, so without gradient too.
         made.task._network.encoder.conv_out.bias.data[4:] = -40
-        iterator = iter(made._loader)
+        iterator = made._batches(made._sequence)
         for _ in range(3):
             made._step(iterator)
         assert made.progress.images == 24
@@ -241,7 +254,7 @@ def test_broken_samples_are_counted_and_listed(shards: Path, tmp_path: Path) -> 
     data[ref.offset : ref.offset + 40] = bytes(40)
     ref.shard.write_bytes(data)
     made = trainer(broken, tmp_path / "r")
-    iterator = iter(made._loader)
+    iterator = made._batches(made._sequence)
     for _ in range(5):
         made._step(iterator)
     lines = [json.loads(line) for line in (tmp_path / "r" / "bad_samples.jsonl").read_text().splitlines()]
