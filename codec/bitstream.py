@@ -12,6 +12,7 @@ from codec.errors import FormatError
 MAGIC = b"\x89LCX"
 VERSION = 0
 SUFFIX = ".lcx"
+DEFAULT_QUALITY = 50
 MAX_SIDE = 65535  # pixels
 MAX_PIXELS = 1 << 28
 

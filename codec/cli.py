@@ -44,7 +44,7 @@ def encode(
     ] = None,
     quality: Annotated[
         int, typer.Option("-q", "--quality", min=0, max=100, help="0 smallest files .. 100 best images.")
-    ] = 50,
+    ] = bitstream.DEFAULT_QUALITY,
     device: Device = "cpu",
 ) -> int:
     """Compress images: photo.jpg becomes photo.jpg.lcx. An existing output is left untouched and is a failure."""
@@ -86,11 +86,13 @@ def decode(
     """Decompress to PNG: photo.jpg.lcx becomes photo.jpg.png. An existing output is left untouched and is a failure."""
     found = find(sources, frozenset({bitstream.SUFFIX}), "compressed files")
     check_writable(out)
-    folders = _decoders(found, model)
+    folders, first = _decoders(found, model)
 
     from codec.runtime import Codec
 
     loaded: dict[Path, Codec] = {}
+    if first is not None:  # here, so that a model that cannot be loaded is exit 3, not a failure of each file
+        loaded[first.path] = Codec.load(first.path, device)
     told: set[tuple[str, str]] = set()
 
     def convert(source: Source) -> bytes:
@@ -99,13 +101,14 @@ def decode(
         folder = _match(header, folders)
         if folder.path not in loaded:
             loaded[folder.path] = Codec.load(folder.path, device)
-        if header.decoder_id != folder.decoder_id and (header.decoder_id, folder.decoder_id) not in told:
-            told.add((header.decoder_id, folder.decoder_id))
+        codec = loaded[folder.path]
+        if header.decoder_id != codec.decoder_id and (header.decoder_id, codec.decoder_id) not in told:
+            told.add((header.decoder_id, codec.decoder_id))
             console.stderr.print(
-                f"note: {source.path}: made with decoder {header.decoder_id}, decoded with {folder.decoder_id} "
-                f"({folder.name}) of the same latents"
+                f"note: {source.path}: made with decoder {header.decoder_id}, decoded with {codec.decoder_id} "
+                f"({codec.name}) of the same latents"
             )
-        return images.save_png(loaded[folder.path].decode(data))
+        return images.save_png(codec.decode(data))
 
     _, failed = _each(found, out, ".png", convert, "decoding", strip=bitstream.SUFFIX)
     print(f"{len(found) - failed} of {len(found)} files decoded")
@@ -170,8 +173,10 @@ def _readable_models() -> list[model_folder.ModelFolder]:
     return folders
 
 
-def _decoders(found: Sequence[Source], model: str | None) -> list[model_folder.ModelFolder]:
-    """Return the models that may decode, after a check that at least one readable file can be decoded by one of them.
+def _decoders(
+    found: Sequence[Source], model: str | None
+) -> tuple[list[model_folder.ModelFolder], model_folder.ModelFolder | None]:
+    """Return the models that may decode, and the one of the first readable file (None when none is readable).
 
     Raises:
         UsageError: no model was named and none is available.
@@ -188,15 +193,14 @@ def _decoders(found: Sequence[Source], model: str | None) -> list[model_folder.M
     mismatch: ModelError | None = None
     for source in found:
         try:
-            _match(bitstream.unpack(source.path.read_bytes())[0], folders)
-            return folders
+            return folders, _match(bitstream.unpack(source.path.read_bytes())[0], folders)
         except ModelError as exception:
             mismatch = mismatch or ModelError(f"{source.path}: {exception}")
         except (FormatError, OSError):
             continue  # reported with its name when its turn comes
     if mismatch is not None:
         raise mismatch
-    return folders
+    return folders, None
 
 
 def _match(header: bitstream.Header, folders: Sequence[model_folder.ModelFolder]) -> model_folder.ModelFolder:
@@ -222,23 +226,27 @@ def _each(
     """Convert every file, one bad one not stopping the rest; return (bytes written, number that failed)."""
     size_bytes = 0
     failures: list[str] = []
-    with console.progress(TextColumn("{task.fields[note]}")) as bar:
-        task = bar.add_task(verb, total=len(found), note="")
-        for source in found:
-            target = out / _output_name(source.relative, suffix, strip)
-            try:
-                if target.exists():
-                    raise FileExistsError
-                data = convert(source)
-                write_atomic(target, data, exclusive=True)
-                size_bytes += len(data)
-            except FileExistsError:
-                failures.append(f"{source.path}: {target} exists already, left untouched")
-            except (ValueError, OSError, RuntimeError, MemoryError) as exception:  # torch's out of memory: RuntimeError
-                failures.append(_failure(source.path, exception))
-            bar.update(task, advance=1, note=f"{size_bytes / 1e6:.2f} MB")
-    for failure in failures:
-        console.error(failure)
+    try:
+        with console.progress(TextColumn("{task.fields[note]}")) as bar:
+            task = bar.add_task(verb, total=len(found), note="")
+            for source in found:
+                target = out / _output_name(source.relative, suffix, strip)
+                try:
+                    if target.exists():
+                        raise FileExistsError
+                    data = convert(source)
+                    write_atomic(target, data, exclusive=True)
+                    size_bytes += len(data)
+                except UsageError:
+                    raise  # nothing that another file would change
+                except FileExistsError:
+                    failures.append(f"{source.path}: {target} exists already, left untouched")
+                except (ValueError, OSError, RuntimeError, MemoryError) as exception:  # RuntimeError: torch, no memory
+                    failures.append(_failure(source.path, exception))
+                bar.update(task, advance=1, note=f"{size_bytes / 1e6:.2f} MB")
+    finally:  # also when interrupted
+        for failure in failures:
+            console.error(failure)
     return size_bytes, len(failures)
 
 

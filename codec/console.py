@@ -1,11 +1,12 @@
 """What the three commands share: exit codes, one-line errors, progress on stderr.
 
-Exit codes (DESIGN): 0 all well; 1 some files failed (the rest were done, the failures are listed); 2 usage, missing or
+Exit codes: 0 all well; 1 some files failed (the rest were done, the failures are listed); 2 usage, missing or
 empty source, unwritable output; 3 model missing or wrong for every file; 130 interrupted.
 
 Imports neither torch nor diffusers, so that `--help` stays fast.
 """
 
+import io
 import sys
 from collections.abc import Sequence
 from enum import IntEnum
@@ -29,7 +30,7 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def error(message: str) -> None:
@@ -41,7 +42,7 @@ def progress(*columns: ProgressColumn, disable: bool = False) -> Progress:
     """Return a progress bar on stderr: description, bar, n of m, the given extra columns, time left."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None if columns else 40),
         MofNCompleteColumn(),
         *columns,
         TimeRemainingColumn(),
@@ -71,6 +72,12 @@ def application(name: str, about: str) -> typer.Typer:
     return app
 
 
+def _out_of_memory(exception: Exception) -> bool:
+    """Whether an error says that memory ran out: Python's, torch's on a GPU, torch's on a CPU."""
+    kind, text = type(exception).__name__, str(exception).lower()
+    return kind in ("MemoryError", "OutOfMemoryError") or "allocate memory" in text or "worker (pid" in text
+
+
 def run(app: typer.Typer, argv: Sequence[str] | None, name: str) -> int:
     """Run a typer application and turn every outcome into an exit code.
 
@@ -82,6 +89,9 @@ def run(app: typer.Typer, argv: Sequence[str] | None, name: str) -> int:
     Returns:
         The exit code. Commands return an int themselves, or None for 0. A user's mistake is one line on stderr.
     """
+    for stream in (sys.stdout, sys.stderr):  # a file name that is no UTF-8 must not end a listing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     command = typer.main.get_command(app)
     # Newer typer brings its own copy of click, so click's exceptions are found through typer's names.
     click_exception: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -91,7 +101,10 @@ def run(app: typer.Typer, argv: Sequence[str] | None, name: str) -> int:
             raise KeyboardInterrupt
         return int(result or 0)
     except click_exception as exception:
-        error(exception.format_message())
+        if type(exception).__name__ == "NoArgsIsHelpError":
+            exception.show()
+        else:
+            error(exception.format_message())
         return Exit.USAGE
     except (KeyboardInterrupt, typer.Abort):
         error("interrupted")
@@ -105,6 +118,14 @@ def run(app: typer.Typer, argv: Sequence[str] | None, name: str) -> int:
     except OSError as exception:  # a full disk, a folder that went away
         error(f"{exception.filename}: {exception.strerror}" if exception.filename else str(exception))
         return Exit.USAGE
+    except ImportError as exception:
+        error(f"{exception}: pip install 'latent-codec[train,eval]'")
+        return Exit.USAGE
+    except (MemoryError, RuntimeError) as exception:
+        if not _out_of_memory(exception):
+            raise
+        error(f"out of memory: {exception}")
+        return Exit.SOME_FAILED
     except FormatError as exception:
         error(str(exception))
         return Exit.SOME_FAILED

@@ -67,11 +67,16 @@ def _walk(folder: Path, visited: set[Path]) -> Iterator[tuple[Path, Path]]:
         raise UsageError(f"{folder}: cannot read this folder: {_reason(exception)}") from exception
     for entry in entries:
         path = folder / entry.name
-        if entry.is_dir():
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # a link to itself: listed, so that reading it fails and it is counted
+            yield path, real / entry.name
+            continue
+        if is_folder:
             yield from _walk(path, visited)
-        elif entry.is_symlink():
+        elif is_file:  # not a pipe or a device: reading those may never end
             yield path, path.resolve()
-        elif entry.is_file():  # not a pipe or a device: reading those may never end
+        elif entry.is_symlink() and not path.exists():
             yield path, real / entry.name
 
 

@@ -7,11 +7,12 @@ The networks are diffusers' own classes; an adapter adds nothing but names. More
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL
 
+from codec import model_folder
 from codec.errors import ModelError, UsageError
 
 
@@ -26,10 +27,6 @@ class Posterior:
 
     mean: torch.Tensor
     logvar: torch.Tensor | None
-
-    def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        """Return mean + std * noise, noise (B, D, h, w) standard normal; the mean where there is no variance."""
-        return self.mean if self.logvar is None else self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
 class LatentModel(Protocol):
@@ -83,6 +80,13 @@ class KLModel:
         """See `LatentModel.decode`."""
         x_hat: torch.Tensor = self._kl.decode(z).sample
         return x_hat
+
+
+def decoder_id(network: torch.nn.Module) -> str:
+    """Return the decoder id (FORMAT.md section 3) of a diffusers network as it stands in memory."""
+    tensors = {name: tensor.float().cpu().numpy() for name, tensor in network.state_dict().items()}
+    config: Any = network.config
+    return model_folder.decoder_digest(dict(config) | {"_class_name": type(network).__name__}, tensors)
 
 
 def load_latent_model(folder: Path, device: str | torch.device = "cpu") -> LatentModel:

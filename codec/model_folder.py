@@ -181,6 +181,14 @@ def available() -> list[Path]:
     return found
 
 
+def _stated_name(folder: Path) -> str | None:
+    """The name in codec.json, which `codec models` prints; None where it cannot be read."""
+    try:
+        return str(json.loads((folder / CODEC_JSON).read_text(encoding="utf-8"))["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def resolve(name: str | Path) -> Path:
     """Turn what a user gave for -m into a model folder: a path, or the name of an available model.
 
@@ -191,7 +199,7 @@ def resolve(name: str | Path) -> Path:
     if path.is_dir():
         return path
     for folder in available():
-        if folder.name == str(name):
+        if str(name) in (folder.name, _stated_name(folder)):
             return folder
     places = ", ".join(str(place) for place in search_path())
     raise ModelError(f"{name}: no such model folder, and no model of that name in {places}")

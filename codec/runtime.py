@@ -12,11 +12,9 @@ import torch
 
 from codec import bitstream, model_folder, tables
 from codec.errors import ModelError
-from codec.latent_model import LatentModel, load_latent_model
+from codec.latent_model import LatentModel, decoder_id, load_latent_model
 from codec.model_folder import ModelFolder
 from codec.pixels import to_float, to_uint8
-
-DEFAULT_QUALITY = 50
 
 
 class Codec:
@@ -30,6 +28,7 @@ class Codec:
                 f"the network has f {model.f}, {model.channels} channels"
             )
         self._folder = folder
+        self._decoder_id = decoder_id(model.network)
         self.model = model
         self.device = next(model.network.parameters()).device
 
@@ -65,8 +64,8 @@ class Codec:
 
     @property
     def decoder_id(self) -> str:
-        """Decoder id of this model, 16 hex digits."""
-        return self._folder.decoder_id
+        """Decoder id of the loaded weights, 16 hex digits; codec.json's goes stale when somebody changes them."""
+        return self._decoder_id
 
     def description(self) -> dict[str, Any]:
         """Return what a report should say about the model, as plain JSON values."""
@@ -81,7 +80,7 @@ class Codec:
             "device": str(self.device),
         }
 
-    def encode(self, image: np.ndarray, quality: int = DEFAULT_QUALITY) -> bytes:
+    def encode(self, image: np.ndarray, quality: int = bitstream.DEFAULT_QUALITY) -> bytes:
         """Code one image into the bytes of a whole file (FORMAT.md).
 
         Args:
@@ -120,7 +119,7 @@ class Codec:
         indices = tables.to_indices(z, folder.mean, folder.step, quality)
         header = bitstream.Header(
             stream_id=folder.stream_id,
-            decoder_id=folder.decoder_id,
+            decoder_id=self.decoder_id,
             quality=quality,
             width=shape[1],
             height=shape[0],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import codec
@@ -122,7 +123,10 @@ def _features(path: Path | None, device: str) -> "SqueezeFeatures | None":
             raise
         stderr.print(f"note: no lpips-sqz10: {exception}")
         return None
-    return SqueezeFeatures(file).to(device)
+    try:
+        return SqueezeFeatures(file).to(device)
+    except (RuntimeError, AssertionError) as exception:  # what torch raises for devices that it does not have
+        raise UsageError(f"device {device}: {exception}") from exception
 
 
 def _print_table(result: dict[str, Any]) -> None:
@@ -135,16 +139,16 @@ def _print_table(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120  # rich would squeeze it into 80 columns
-    table = Table(title=f"{result['dataset']['name']}: means of {result['dataset']['n_images']} images")
+    table = Table(title=f"{escape(result['dataset']['name'])}: means of {result['dataset']['n_images']} images")
     table.add_column("codec")
     for heading in ("quality", "bpp", *(metric.label for metric in METRICS)):
         table.add_column(heading, justify="right")
     for entry in result["codecs"]:
         for point in entry["points"]:
             values = [text(point[metric.key], metric.digits) for metric in METRICS]
-            table.add_row(entry["label"], str(point["quality"]), text(point["bpp"], 3), *values)
+            table.add_row(escape(entry["label"]), str(point["quality"]), text(point["bpp"], 3), *values)
         if entry["ceiling"]:
             values = [text(entry["ceiling"][metric.key], metric.digits) for metric in METRICS]
-            table.add_row(entry["label"], "none", "n/a", *values)
+            table.add_row(escape(entry["label"]), "none", "n/a", *values)
         table.add_section()
     console.print(table)

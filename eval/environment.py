@@ -18,13 +18,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str | None]:
     """Return the versions of this project, Python and what results depend on; None for what is not installed."""
-    versions: dict[str, str | None] = {"latent-codec": __version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {"latent-codec": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+            found[package] = None
+    return found
 
 
 def hardware() -> dict[str, Any]:
@@ -40,7 +40,9 @@ def hardware() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the git commit of this code, "-dirty" appended if it was changed; None outside a checkout."""
+    """Return the git commit of this code, "-dirty" appended if it was changed; None outside a checkout of it."""
+    if not (Path(__file__).parents[1] / ".git").exists():  # installed, perhaps inside some other repository
+        return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)

@@ -35,7 +35,8 @@ PROTOCOL = {
     "crop": "none",
     "rounding": "8 bit RGB",
     "bpp": "8 * bytes of the whole file / (H * W of the original image)",
-    "points": "mean over images of per-image values at constant quality; a metric undefined for an image leaves it out",
+    "points": "mean over images of per-image values at constant quality; an image where a metric is undefined or "
+    "infinite is left out of its mean",
     "times": "median over images of one call in memory, reading and writing of files not included",
     "metrics": SETTINGS,
 }
@@ -210,7 +211,7 @@ def _of_baseline(baseline: Baseline) -> _Entry:
 
 
 def _mean(rows: Sequence[Row], key: str) -> float | None:
-    values = [row[key] for row in rows if row[key] is not None]
+    values = [row[key] for row in rows if row[key] is not None and math.isfinite(row[key])]
     return statistics.fmean(values) if values else None
 
 

@@ -3,7 +3,7 @@
 VENV="${VENV:-.venv}"
 PYTHON="${PYTHON:-python3}"
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed (set PYTHON=...)" >&2; exit 2; }
-[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+"$VENV/bin/python" -m pip --version > /dev/null 2>&1 || "$PYTHON" -m venv --clear "$VENV"  # missing, or half made
 stamp="$VENV/.installed"
 wanted="$1 $(cksum < pyproject.toml)"
 if ! grep -qsxF "$wanted" "$stamp"; then

@@ -18,7 +18,7 @@ step "1. photographs"
 python scripts/sample_photos.py "$OUT/photos"
 
 step "2. shards"
-codec-train shards "${PHOTOS:-$OUT/photos/train}" -o "$OUT/shards"
+codec-train shards "${PHOTOS:-$OUT/photos/train}" -o "$OUT/shards" || [ $? -eq 1 ]  # 1: some files are unreadable
 
 step "3. training ($MINUTES minutes)"
 if [ -f "$OUT/run/model/codec.json" ]; then

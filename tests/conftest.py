@@ -1,6 +1,6 @@
 """Fixtures for all tests: synthetic photographs, and tiny real models made in a second."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,16 @@ from codec.pixels import to_float
 def _one_thread() -> None:
     """Torch's threads wait for each other on a busy machine; the networks here are too small to gain from two."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_from_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No perceptual features or models that the machine happens to have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+        for name in ("LATENT_CODEC_FEATURES", "CODEC_MODELS"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -12,14 +12,17 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from codec import console
+from codec.errors import UsageError
 from codec.latent_model import KLModel
 from codec.pixels import to_float, to_uint8
 from codec.shards import SampleRef
+from eval.features import MIN_SIDE
 from eval.metrics import ms_ssim, psnr
 from train.config import Config
 from train.data import whole_images
 from train.export import export_model
-from train.losses import ReconstructionLoss, kl_per_pixel
+from train.losses import MS_SSIM_MIN_SIDE, ReconstructionLoss, kl_per_pixel
 from train.networks import build_network
 
 _GRID = 6  # pictures in the validation grid
@@ -60,6 +63,11 @@ class AutoencoderTask:
         self._network = build_network(config.model)
         self.module: nn.Module = AutoencoderModule(self._network)
         self.loss = ReconstructionLoss(config.loss)
+        smallest = MIN_SIDE if self.loss.perceptual is not None else 1
+        if self.loss.ms_ssim_weight > 0:
+            smallest = max(smallest, MS_SSIM_MIN_SIDE)
+        if config.data.crop < smallest:
+            raise UsageError(f"data.crop = {config.data.crop}: this recipe's losses need at least {smallest} pixels")
 
     def to(self, device: torch.device) -> None:
         """Move the losses' frozen networks; the loop moves `module`."""
@@ -79,7 +87,7 @@ class AutoencoderTask:
         model = self._config.model
         return {
             "network": f"AutoencoderKL f{model.f} c{model.latent_channels}, {n_parameters / 1e6:.2f} M parameters",
-            "loss": " + ".join(terms) + ("" if perceptual else " (perceptual: n/a, no features)"),
+            "loss": " + ".join(terms) + ("" if perceptual else f" (perceptual: n/a, {self.loss.why_not_perceptual})"),
         }
 
     def generator_step(
@@ -105,7 +113,9 @@ class AutoencoderTask:
         rows: list[dict[str, float]] = []
         columns: list[np.ndarray] = []
         with torch.inference_mode():
-            for _, image in whole_images(self._validation, self._config.data.validation_crop, self._config.model.f):
+            side, f = self._config.data.validation_crop, self._config.model.f
+            bad: list[tuple[str, str]] = []
+            for _, image in whole_images(self._validation, side, f, bad):
                 posterior = model.encode(to_float(image)[None].to(device))
                 x_hat = to_uint8(model.decode(posterior.mean)[0])
                 assert posterior.logvar is not None
@@ -115,6 +125,10 @@ class AutoencoderTask:
                 rows.append(row if similarity is None else {**row, "ms_ssim": similarity})
                 if len(columns) < _GRID:
                     columns.append(np.concatenate([image, x_hat]))
+        for key, reason in bad:
+            console.error(f"sample {key}: {reason} (left out of validation)")
+        if not rows:
+            return {}, None
         names = dict.fromkeys(name for row in rows for name in row)
         means = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
         return means, _side_by_side(columns)

@@ -78,7 +78,8 @@ def model_card(
             "## On held-out images",
             "",
             f"Normalized latents of {figures['n_held_out']} images: mean {figures['normalized_mean']:.4f}, standard "
-            f"deviation {figures['normalized_std']:.4f}. Rate is of whole files; 8 of the images, 8-bit RGB.",
+            f"deviation {figures['normalized_std']:.4f}. Rate is of whole files; {figures['n_checked']} images, "
+            "8-bit RGB.",
             "",
             "| q | bpp | PSNR, dB |",
             "|---|---|---|",

@@ -41,6 +41,7 @@ class ModelConfig:
     """The two 1x1 convolutions around the latents, as in Stable Diffusion 1 and 2."""
 
     def __post_init__(self) -> None:
+        _require(self.norm_num_groups >= 1, "model.norm_num_groups", self.norm_num_groups, ">= 1")
         _require(len(self.block_out_channels) >= 1, "model.block_out_channels", self.block_out_channels, "at least one")
         for width in self.block_out_channels:
             _require(
@@ -113,7 +114,7 @@ class LossConfig:
     ms_ssim_weight: float = 0.0
     """Weight of 1 - MS-SSIM (mean over B)."""
     fallback_ms_ssim_weight: float = 0.5
-    """ms_ssim_weight of a run with perceptual = "auto" that finds no features."""
+    """Least ms_ssim_weight of a run with perceptual = "auto" that finds no features."""
     kl_weight: float = 1e-3
     """Weight of KL(q(z|x) || N(0, I)) in nats per image pixel: sum over D, h, w, divided by H * W, mean over B."""
 
@@ -149,6 +150,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "> 0")
+        _require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "0 <= beta < 1 each")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
         _require(0 <= self.final_lr_ratio <= 1, "optim.final_lr_ratio", self.final_lr_ratio, "0..1")
         _require(self.warmup_images >= 0, "optim.warmup_images", self.warmup_images, ">= 0")
         _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0")
@@ -181,7 +184,8 @@ class RunConfig:
     n_images: int = 1_000_000
     """Length of the run in images seen, over all ranks."""
     time_limit_min: float = 0.0
-    """Ends the run (and its schedule) after so many minutes if n_images is not reached; 0 = no limit."""
+    """Ends the run (and its schedule) after so many minutes of training (validation, checkpoints and export not
+    counted) if n_images is not reached; 0 = no limit."""
     seed: int = 0
     """Of weights, crops, order and posterior noise."""
     precision: Literal["bf16", "no"] = "bf16"
@@ -195,6 +199,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(self.n_images >= 1, "run.n_images", self.n_images, ">= 1")
+        _require(self.seed >= 0, "run.seed", self.seed, ">= 0")
         _require(self.time_limit_min >= 0, "run.time_limit_min", self.time_limit_min, ">= 0")
         for name in ("log_every", "validate_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")

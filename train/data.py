@@ -21,6 +21,7 @@ from codec.pixels import to_float
 from codec.shards import SampleRef, read_sample
 from train.config import DataConfig
 
+_LONGEST = 8  # an image that has to be enlarged is cut to this many times its short side
 _REPLACEMENTS = 16  # unreadable samples in a row at one position before the run gives up
 
 
@@ -33,8 +34,8 @@ def split(samples: Sequence[SampleRef], n_validation: int) -> tuple[list[SampleR
     if len(samples) <= n_validation:
         raise UsageError(f"{len(samples)} images in the shards, expected more than data.n_validation = {n_validation}")
     order = sorted(samples, key=lambda sample: hashlib.sha256(b"validation" + sample.sha256.encode()).digest())
-    held_out = {sample.key for sample in order[:n_validation]}
-    return [s for s in samples if s.key not in held_out], [s for s in samples if s.key in held_out]
+    held_out = {sample.sha256 for sample in order[:n_validation]}  # copies of an image stay on one side
+    return [s for s in samples if s.sha256 not in held_out], [s for s in samples if s.sha256 in held_out]
 
 
 class SampleSequence(Dataset[dict[str, Any]]):
@@ -123,6 +124,9 @@ def _at_least(image: np.ndarray, side: int) -> np.ndarray:
     height, width = image.shape[:2]
     if min(height, width) >= side:
         return image
+    longest = _LONGEST * min(height, width)  # enlarging a hair-thin strip would fill the memory
+    image = image[:longest, :longest]
+    height, width = image.shape[:2]
     scale = side / min(height, width)
     size = (max(side, round(width * scale)), max(side, round(height * scale)))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
@@ -173,11 +177,26 @@ def batches(
     )
 
 
-def whole_images(samples: Sequence[SampleRef], side: int, multiple: int) -> Iterator[tuple[str, np.ndarray]]:
+def whole_images(
+    samples: Sequence[SampleRef], side: int, multiple: int, bad: list[tuple[str, str]] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (key, image) of each sample once, centre-cropped to at most `side` pixels a side, multiples of `multiple`.
 
+    Args:
+        samples: what to read.
+        side: pixels.
+        multiple: pixels; f.
+        bad: takes (key, reason) of each sample that cannot be read, which is then left out; None raises instead.
+
     Raises:
-        ImageError: a sample cannot be read: evaluation and statistics never skip in silence.
+        ImageError: a sample cannot be read, and `bad` is None.
     """
     for sample in samples:
-        yield sample.key, centre_crop(images.load(read_sample(sample), name=sample.key), side, multiple)
+        try:
+            image = images.load(read_sample(sample), name=f"{sample.shard.name}/{sample.key}")
+        except ImageError as exception:
+            if bad is None:
+                raise
+            bad.append((sample.key, str(exception)))
+            continue
+        yield sample.key, centre_crop(image, side, multiple)

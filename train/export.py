@@ -18,10 +18,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
 
-from codec import model_folder, tables
+from codec import console, model_folder, tables
 from codec.errors import UsageError
 from codec.files import write_atomic
-from codec.latent_model import KLModel, LatentModel
+from codec.latent_model import KLModel, LatentModel, decoder_id
 from codec.pixels import to_float
 from codec.runtime import Codec
 from codec.shards import SampleRef
@@ -34,8 +34,10 @@ from train.data import whole_images
 _STATISTICS_SIDE = 1024  # pixels
 _COARSEST_BPP = 0.08  # the rate at q = 0
 _MAX_TABLE_LATENTS = 1_000_000  # positions per channel that tables are fitted to
+_MAX_RATE_LATENTS = 200_000  # positions that the coarsest rate is measured on
 _FP16_LIMIT = 65504 / 4  # an activation beyond this leaves no room for unusual images
 _MAX_RANGE_IMAGES = 16
+_MAX_CHECKED_IMAGES = 8
 
 
 def export_model(
@@ -67,7 +69,11 @@ def export_model(
     """
     model = KLModel(network)
     order = np.random.default_rng(0).permutation(len(training))[: config.export.statistics_images]
-    measured = measure(model, [training[i] for i in sorted(order)], device)
+    bad: list[tuple[str, str]] = []
+    measured = measure(model, [training[i] for i in order], device, bad)
+    usable = [sample for sample in validation if _readable(sample, bad)]
+    for key, reason in bad:
+        console.error(f"sample {key}: {reason} (left out of the model's statistics)")
     summary, step = measured.summary, measured.step
     _write_network(network, out, config, summary, measured.largest_activation)
     fitted = tables.fit(measured.z, summary.mean.astype(np.float32), step)
@@ -76,7 +82,7 @@ def export_model(
         "family": config.model.family,
         "f": model.f,
         "latent_channels": model.channels,
-        "decoder_id": _decoder_id(network),
+        "decoder_id": decoder_id(network),
         "scaling_factor": network.config.scaling_factor,
         "shift_factor": network.config.shift_factor,
         "statistics": summary.to_json(),
@@ -87,7 +93,7 @@ def export_model(
         },
     }
     model_folder.write(out, info=info, mean=summary.mean, step=step, table_sets=[fitted])
-    figures = _check(Codec.load(out, device), validation, config)
+    figures = _check(Codec.load(out, device), usable) | {"n_bad_samples": len(bad)}
     card = model_card(info, config, summary, figures, measured.largest_activation)
     write_atomic(out / "README.md", card.encode())
     _write_fixture(model, out.parent / "fixture.safetensors", config, device)
@@ -111,18 +117,26 @@ class Measured:
     largest_activation: float
 
 
-def measure(model: LatentModel, samples: Sequence[SampleRef], device: torch.device) -> Measured:
+def measure(
+    model: LatentModel, samples: Sequence[SampleRef], device: torch.device, bad: list[tuple[str, str]]
+) -> Measured:
     """Encode training images, whole, and measure their latents.
 
+    Args:
+        model: the network.
+        samples: the images, in random order.
+        device: where the network lies.
+        bad: takes (key, reason) of each image that cannot be read, which is left out.
+
     Raises:
-        UsageError: the latents do not vary.
+        UsageError: no image can be read, or the latents do not vary.
     """
     statistics = LatentStatistics(model.channels)
     rng = np.random.default_rng(0)
     per_image = max(1, _MAX_TABLE_LATENTS // len(samples))
     kept: list[np.ndarray] = []
     largest = 0.0
-    for n, (_, image) in enumerate(whole_images(samples, _STATISTICS_SIDE, model.f)):
+    for n, (_, image) in enumerate(whole_images(samples, _STATISTICS_SIDE, model.f, bad)):
         x = to_float(image)[None].to(device)
         with torch.inference_mode():
             if n < _MAX_RANGE_IMAGES:
@@ -135,6 +149,8 @@ def measure(model: LatentModel, samples: Sequence[SampleRef], device: torch.devi
         statistics.update(posterior)
         flat = posterior.mean[0].cpu().numpy().reshape(model.channels, -1)
         kept.append(rng.permutation(flat, axis=1)[:, :per_image] if flat.shape[1] > per_image else flat)
+    if not kept:
+        raise UsageError(f"none of {len(samples)} training images can be read; the first: {bad[0][1]}")
     z = np.concatenate(kept, axis=1)
     summary = statistics.summary()
     if not summary.global_std > 1e-8:
@@ -160,10 +176,11 @@ def coarsest_step(z: np.ndarray, summary: LatentSummary, f: int) -> np.ndarray:
     noise = summary.posterior_std if summary.posterior_std.any() else summary.std
     shape = np.maximum(noise, 1e-6 * summary.global_std) * np.sqrt(12.0)
     mean = summary.mean.astype(np.float32)
+    spread = z[:, :: max(1, z.shape[1] // _MAX_RATE_LATENTS)]
     low, high = 1e-6, 1e6  # bisection on a logarithmic scale: the rate falls as the steps grow
     for _ in range(60):
         middle = float(np.sqrt(low * high))
-        bpp = tables.entropy_bits(z[:, :200_000], mean, (shape * middle).astype(np.float32), 0) / f**2
+        bpp = tables.entropy_bits(spread, mean, (shape * middle).astype(np.float32), 0) / f**2
         low, high = (middle, high) if bpp > _COARSEST_BPP else (low, middle)
         if high / low < 1.001:
             break
@@ -206,9 +223,11 @@ def _write_network(
     network.save_pretrained(out)
 
 
-def _decoder_id(network: AutoencoderKL) -> str:
-    tensors = {name: tensor.float().cpu().numpy() for name, tensor in network.state_dict().items()}
-    return model_folder.decoder_digest(dict(network.config) | {"_class_name": type(network).__name__}, tensors)
+def _readable(sample: SampleRef, bad: list[tuple[str, str]]) -> bool:
+    """Whether a sample can be read; if not, say so in `bad`."""
+    n_bad = len(bad)
+    list(whole_images([sample], 8, 8, bad))
+    return len(bad) == n_bad
 
 
 def _held_out(validation: Sequence[SampleRef], multiple: int) -> Iterator[np.ndarray]:
@@ -216,7 +235,7 @@ def _held_out(validation: Sequence[SampleRef], multiple: int) -> Iterator[np.nda
         yield image
 
 
-def _check(codec: Codec, validation: Sequence[SampleRef], config: Config) -> dict[str, Any]:
+def _check(codec: Codec, validation: Sequence[SampleRef]) -> dict[str, Any]:
     """Measure the finished folder on held-out images: normalized deviation, rate and PSNR by quality."""
     figures: dict[str, Any] = {
         "stream_id": codec.stream_id,
@@ -235,11 +254,12 @@ def _check(codec: Codec, validation: Sequence[SampleRef], config: Config) -> dic
     qualities = (0, 25, 50, 75, 100)
     rows: dict[int, list[tuple[float, float]]] = {quality: [] for quality in qualities}
     ceiling = []
-    for image in _held_out(validation[:8], codec.model.f):
+    for image in _held_out(validation[:_MAX_CHECKED_IMAGES], codec.model.f):
         ceiling.append(psnr(image, codec.reconstruct(image)))
         for quality, data in zip(qualities, codec.encode_many(image, qualities), strict=True):
             rows[quality].append((8 * len(data) / (image.shape[0] * image.shape[1]), psnr(image, codec.decode(data))))
     figures["unquantised_psnr"] = float(np.mean(ceiling))
+    figures["n_checked"] = len(ceiling)
     figures["by_quality"] = {
         quality: {"bpp": float(np.mean([row[0] for row in found])), "psnr": float(np.mean([row[1] for row in found]))}
         for quality, found in rows.items()

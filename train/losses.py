@@ -10,6 +10,7 @@ from eval.features import Distance, FeaturesError, SqueezeFeatures, find_backbon
 from train.config import LossConfig
 
 _MS_SSIM_SCALES = 5
+MS_SSIM_MIN_SIDE = 2 * 2 ** (_MS_SSIM_SCALES - 1) + 1  # pixels; five scales with a window of 3
 
 
 def kl_per_pixel(mean: torch.Tensor, logvar: torch.Tensor, n_pixels: int) -> torch.Tensor:
@@ -36,7 +37,8 @@ def ms_ssim_loss(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
     """1 - MS-SSIM (Wang, Simoncelli & Bovik 2003), mean over B; pytorch-msssim, five scales.
 
     Args:
-        x: (B, C, H, W) in [-1, 1], H, W > 32; the window is 11 pixels, less where five scales would not fit.
+        x: (B, C, H, W) in [-1, 1], H, W >= MS_SSIM_MIN_SIDE; the window is 11 pixels where five scales fit with it
+            (from 161 pixels on), smaller on smaller crops: 7 at 128 pixels, 3 at 64.
         x_hat: the same shape.
     """
     from pytorch_msssim import ms_ssim
@@ -76,8 +78,11 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self._config = config
         self.perceptual = build_perceptual(config)
-        fell_back = self.perceptual is None and config.perceptual == "auto"
-        self.ms_ssim_weight = config.fallback_ms_ssim_weight if fell_back else config.ms_ssim_weight
+        looked = config.perceptual == "auto" and config.perceptual_weight > 0
+        self.why_not_perceptual = "no features found" if looked else "not asked for"
+        self.ms_ssim_weight = config.ms_ssim_weight
+        if self.perceptual is None and looked:
+            self.ms_ssim_weight = max(config.ms_ssim_weight, config.fallback_ms_ssim_weight)
         if self.ms_ssim_weight > 0:
             try:
                 import pytorch_msssim  # noqa: F401

@@ -10,11 +10,13 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,7 @@ class Trainer:
             weight_decay=config.optim.weight_decay,
         )
         self._sequence = sequence
+        self._share = 0.0  # the part of the run that is done
         self._bad: Counter[str] = Counter()
         self._last_validation: dict[str, float] = {}
 
@@ -143,31 +146,30 @@ class Trainer:
         with console.progress(*columns, disable=not main) as bar:
             task = bar.add_task("training", total=config.run.n_images, speed="", losses="")
             sequence = None
-            try:
-                while self._fraction() < 1.0:
-                    if (stage := self._sequence.stage(self._fraction())) is not sequence:
+            with _interrupts() as interrupted:
+                while self._share < 1.0 and not interrupted:
+                    if (stage := self._sequence.stage(self._share)) is not sequence:
                         sequence, iterator = stage, self._batches(stage)
                     losses = self._step(iterator)
                     if self.progress.step % config.run.log_every == 0:
                         self._log({"lr": self.optimizer.param_groups[0]["lr"], **losses})
-                    fraction, seen = self._fraction(), self.progress.images
+                    seen = self.progress.images
                     bar.update(
                         task,
                         completed=seen,
-                        total=max(seen, round(seen / fraction)),  # a time limit ends the run before n_images
-                        speed=f"{seen / max(self.progress.time_s, 1e-9):.1f} images/s",
-                        losses=" ".join(f"{name} {value:.4f}" for name, value in losses.items()),
+                        total=max(seen, round(seen / self._share)),  # a time limit ends the run before n_images
+                        speed=f"{seen / max(self.progress.time_s, 1e-9):.1f}/s",
+                        losses=" ".join(f"{name} {losses[name]:.3f}" for name in losses if name != "gradient_norm"),
                     )
-                    if seen >= next_validation and fraction < 1.0:
+                    if seen >= next_validation and self._share < 1.0:
                         next_validation += config.run.validate_every
                         self._validate(bar)
-                    if seen >= next_checkpoint and fraction < 1.0:
+                    if seen >= next_checkpoint and self._share < 1.0:
                         next_checkpoint += config.run.checkpoint_every
                         self.checkpoint()
-            except KeyboardInterrupt:
-                self.checkpoint()
-                raise
             self.checkpoint()
+            if interrupted:
+                raise KeyboardInterrupt
             self._validate(bar)
         self.accelerator.wait_for_everyone()
         return self._export() if main else {}
@@ -182,7 +184,7 @@ class Trainer:
     def _step(self, iterator: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step over `accumulate` batches; returns the mean losses of this rank."""
         config, start = self.config.optim, time.perf_counter()
-        rate = learning_rate(config, self.progress.images, self._fraction())
+        rate = learning_rate(config, self.progress.images, self._share)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         totals: dict[str, float] = {}
@@ -210,6 +212,7 @@ class Trainer:
         self.progress.step += 1
         self.progress.images += config.batch_size * config.accumulate * self.accelerator.num_processes
         self.progress.time_s += time.perf_counter() - start
+        self._share = self._fraction()
         return {**totals, "gradient_norm": float(norm)}
 
     def _noise_seed(self, micro: int) -> int:
@@ -298,6 +301,29 @@ class Trainer:
             **{name: value for name, value in environment().items() if name != "command"},  # it holds local paths
         }
         return self.task.export(self.ema.module, self.out / "model", record, self.device)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collect SIGINT instead of raising in the middle of a step; yields a list that is empty until one came.
+
+    A second one raises KeyboardInterrupt at once.
+    """
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield seen
+        return
+
+    def note(number: int, frame: object) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_run_folder(out: str) -> Path:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 
 from codec import Codec, bitstream, images
 from codec.cli import main
@@ -110,6 +112,22 @@ def test_a_damaged_file_gives_one_clear_error_and_no_output(
     assert tree(tmp_path / "o") == ["sub/c.png.png"]
 
 
+def test_every_flipped_byte_and_every_truncation_is_one_error_and_no_output(
+    coded: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = (coded / "sub/c.png.lcx").read_bytes()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for n in range(len(data)):
+        (damaged / f"flip{n:05d}.lcx").write_bytes(data[:n] + bytes([data[n] ^ 0xFF]) + data[n + 1 :])
+        (damaged / f"cut{n:05d}.lcx").write_bytes(data[:n])
+    capsys.readouterr()
+    assert main(["decode", str(damaged), "-o", str(tmp_path / "o"), "-m", str(model_dir)]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 * len(data)
+    assert tree(tmp_path / "o") == []
+
+
 def test_a_file_of_another_model_is_exit_3_and_names_both_streams(
     coded: Path, model_dir: Path, new_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,14 +173,17 @@ def test_another_decoder_of_the_same_stream_decodes_and_says_so(
 ) -> None:
     tuned = tmp_path / "tuned"
     shutil.copytree(model_dir, tuned)
-    info = json.loads((tuned / "codec.json").read_text())
-    (tuned / "codec.json").write_text(json.dumps(info | {"decoder_id": "0" * 16, "name": "tuned"}))
+    network = AutoencoderKL.from_pretrained(tuned)
+    with torch.no_grad():
+        network.decoder.conv_out.bias.add_(0.1)
+    network.save_pretrained(tuned)  # codec.json keeps the id of the old decoder: the weights decide
     capsys.readouterr()
     assert main(["decode", str(coded), "-o", str(tmp_path / "o"), "-m", str(tuned)]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
-    assert info["decoder_id"] in notes[0]
-    assert "tuned" in notes[0]
+    assert Codec.load(model_dir).decoder_id in notes[0]
+    assert Codec.load(tuned).decoder_id in notes[0]
+    assert Codec.load(model_dir).decoder_id != Codec.load(tuned).decoder_id
 
 
 @pytest.mark.parametrize(
@@ -177,6 +198,8 @@ def test_another_decoder_of_the_same_stream_decodes_and_says_so(
         (["encode", "{photos}", "-o", "{out}", "-m", "{empty}"], 3, "no codec.json"),
         (["encode", "{photos}", "-o", "{out}", "-m", "{model}", "--device", "warp"], 2, "device warp"),
         (["encode", "{photos}", "-o", "{out}", "-m", "{model}", "-q", "101"], 2, "less than or equal to 100"),
+        (["decode", "{coded}", "-o", "{out}", "-m", "{model}", "--device", "warp"], 2, "device warp"),
+        (["decode", "{coded}", "-o", "{out}", "-m", "{weightless}"], 3, "cannot load the weights"),
         (["decode", "{photos}", "-o", "{out}", "-m", "{model}"], 2, "no compressed files found"),
         (["decode", "{photos}/a.png", "-o", "{out}", "-m", "{model}"], 1, "not a latent-codec file"),
         (["decode", "{photos}/a.png", "-o", "{out}"], 2, "which model?"),
@@ -190,6 +213,7 @@ def test_each_mistake_has_its_exit_code_and_words(
     code: int,
     message: str,
     photo_folder: Path,
+    coded: Path,
     model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -199,6 +223,9 @@ def test_each_mistake_has_its_exit_code_and_words(
     empty = tmp_path / "empty"
     empty.mkdir()
     places = {"photos": photo_folder, "out": tmp_path / "out", "tmp": tmp_path, "model": model_dir, "empty": empty}
+    places |= {"coded": coded, "weightless": tmp_path / "weightless"}
+    shutil.copytree(model_dir, tmp_path / "weightless")
+    (tmp_path / "weightless" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
     assert main([argument.format(**places) for argument in arguments]) == code
     error = capfd.readouterr().err
     assert message in error

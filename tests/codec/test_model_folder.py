@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,12 @@ def test_models_are_found_by_name_in_the_folders_of_the_variable(
 ) -> None:
     monkeypatch.setenv("CODEC_MODELS", str(model_dir.parent))
     assert model_folder.resolve("tiny") == model_dir
+    named = model_dir.parent / "first" / "model"  # as a run exports it: what is printed is the name in codec.json
+    shutil.copytree(model_dir, named)
+    info = json.loads((named / "codec.json").read_text())
+    (named / "codec.json").write_text(json.dumps(info | {"name": "first"}))
+    monkeypatch.setenv("CODEC_MODELS", os.pathsep.join([str(model_dir.parent), str(named)]))
+    assert model_folder.resolve("first") == named
     assert model_dir in model_folder.available()
     with pytest.raises(ModelError, match="no model of that name"):
         model_folder.resolve("tinny")

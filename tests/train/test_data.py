@@ -89,6 +89,7 @@ def test_images_smaller_than_the_crop_are_enlarged() -> None:
     assert random_crop(small, 32, rng).shape == (32, 32, 3)
     assert centre_crop(small, 64, 8).shape == (8, 16, 3)
     assert centre_crop(small, 64, 16).shape == (16, 32, 3)
+    assert random_crop(np.full((1, 60_000, 3), 77, np.uint8), 256, rng).shape == (256, 256, 3)
 
 
 def break_sample(shards: Path, tmp_path: Path) -> list[SampleRef]:
@@ -131,6 +132,14 @@ def test_the_split_is_disjoint_stable_and_complete(shards: Path) -> None:
     assert split(without_one, 4)[1] == validation
     with pytest.raises(UsageError, match="12 images"):
         split(refs, 12)
+
+
+def test_copies_of_an_image_stay_on_one_side_of_the_split(shards: Path) -> None:
+    refs = read_index(shards)
+    doubled = refs + [SampleRef(**{**vars(ref), "key": ref.key + "-copy"}) for ref in refs]
+    training, validation = split(doubled, 3)
+    assert not {ref.sha256 for ref in training} & {ref.sha256 for ref in validation}
+    assert len(training) + len(validation) == len(doubled)
 
 
 def test_whole_images_yields_each_sample_once_and_refuses_broken_ones(shards: Path, tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ def test_auto_takes_the_features_that_are_there_and_falls_back_to_ms_ssim(
     assert isinstance(found.perceptual, SqueezeFeatures)
     assert set(found(*pair())) == {"l1", "perceptual"}
     assert build_perceptual(LossConfig(perceptual="none")) is None
+    monkeypatch.delenv("LATENT_CODEC_FEATURES")
+    for config in (
+        LossConfig(perceptual="none"),
+        LossConfig(perceptual_weight=0),
+    ):
+        assert set(ReconstructionLoss(config)(*pair())) == {"l1"}
+    assert ReconstructionLoss(LossConfig(ms_ssim_weight=0.9)).ms_ssim_weight == 0.9
 
 
 def test_features_that_were_asked_for_and_are_missing_are_an_error_that_names_the_file(
