@@ -42,7 +42,7 @@ def progress(*columns: ProgressColumn, disable: bool = False) -> Progress:
     """Return a progress bar on stderr: description, bar, n of m, the given extra columns, time left."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=None if columns else 40),
+        BarColumn(bar_width=8 if len(columns) > 1 else 40),
         MofNCompleteColumn(),
         *columns,
         TimeRemainingColumn(),

@@ -144,7 +144,7 @@ class Trainer:
         next_validation, next_checkpoint = config.run.validate_every, config.run.checkpoint_every
         columns = (TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[losses]}"))
         with console.progress(*columns, disable=not main) as bar:
-            task = bar.add_task("training", total=config.run.n_images, speed="", losses="")
+            task = bar.add_task("", total=config.run.n_images, speed="", losses="")
             sequence = None
             with _interrupts() as interrupted:
                 while self._share < 1.0 and not interrupted:
@@ -159,7 +159,7 @@ class Trainer:
                         completed=seen,
                         total=max(seen, round(seen / self._share)),  # a time limit ends the run before n_images
                         speed=f"{seen / max(self.progress.time_s, 1e-9):.1f}/s",
-                        losses=" ".join(f"{name} {losses[name]:.3f}" for name in losses if name != "gradient_norm"),
+                        losses=_brief(losses),
                     )
                     if seen >= next_validation and self._share < 1.0:
                         next_validation += config.run.validate_every
@@ -301,6 +301,11 @@ class Trainer:
             **{name: value for name, value in environment().items() if name != "command"},  # it holds local paths
         }
         return self.task.export(self.ema.module, self.out / "model", record, self.device)
+
+
+def _brief(losses: Mapping[str, float]) -> str:
+    """The weighted terms, short enough for a progress bar of 80 columns; log.jsonl has them in full."""
+    return " ".join(f"{name[:4]} {losses[name]:.2f}" for name in losses if name not in ("loss", "gradient_norm"))
 
 
 @contextmanager
