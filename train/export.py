@@ -221,6 +221,8 @@ def _write_network(
         force_upcast=largest_activation > _FP16_LIMIT,
     )
     network.save_pretrained(out)
+    for path in out.glob("*.safetensors"):  # safetensors may leave it readable by its owner alone
+        path.chmod((out / "config.json").stat().st_mode)
 
 
 def _readable(sample: SampleRef, bad: list[tuple[str, str]]) -> bool:

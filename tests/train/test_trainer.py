@@ -154,6 +154,7 @@ def test_the_config_is_measured_and_the_folder_is_a_codec(run_folder: Path, shar
     assert 1 / config_json["scaling_factor"] == pytest.approx(float(z.std(correction=0)), rel=1e-6)
     np.testing.assert_allclose(folder.mean, z.mean(1), rtol=1e-5)
     np.testing.assert_allclose(folder.info["statistics"]["std"], z.std(1, correction=0), rtol=1e-6)
+    assert len({path.stat().st_mode for path in model.iterdir()}) == 1
     codec = Codec.load(model)
     image = images.load(run_folder / "validation" / "images-000000064.png")
     assert codec.decode(codec.encode(image)).shape == image.shape
