@@ -237,6 +237,19 @@ def test_progress_is_of_images_or_time_whichever_is_further() -> None:
     assert Progress(images=500, time_s=0).fraction(100, 80) == 1.0
 
 
+def test_the_average_follows_the_weights_of_every_step(shards: Path, tmp_path: Path) -> None:
+    made = trainer(shards, tmp_path / "r", "optim.warmup_images=0")
+    batches = made._batches(made._sequence)
+    weight, expected = made.task._network.decoder.conv_out.weight, None
+    for t in range(4):
+        made._step(batches)
+        rate = 1 - min(0.999, (1 + t) / (10 + t))
+        now = weight.detach().clone()
+        expected = now if expected is None else expected + rate * (now - expected)
+    torch.testing.assert_close(made.ema.module.network.decoder.conv_out.weight, expected)
+    assert not torch.equal(expected, weight)
+
+
 def test_the_average_warms_up() -> None:
     module = torch.nn.Linear(1, 1, bias=False)
     average = averaged(module, decay=0.5)
