@@ -1,12 +1,21 @@
 """A tiny shard set and tiny runs, shared by the tests of training."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from codec import images
 from tests.conftest import photo
 from train.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_accelerate_state() -> Iterator[None]:
+    """Accelerate keeps its precision for the life of a process; each test is a run of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
@@ -26,12 +25,6 @@ from train.autoencoder import AutoencoderTask
 from train.cli import main
 from train.data import SampleSequence, split, whole_images
 from train.trainer import Progress, Trainer, averaged, learning_rate
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    """Accelerate keeps its precision for the life of a process; each test here is a run of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def log(run: Path, event: str = "step") -> list[dict]:
