@@ -88,20 +88,24 @@ def decode(
     check_writable(out)
     folders, first = _decoders(found, model)
 
+    from codec.latent_model import load_latent_model
     from codec.runtime import Codec
 
     loaded: dict[Path, Codec] = {}
+
+    def codec_of(folder: model_folder.ModelFolder) -> Codec:
+        if folder.path not in loaded:
+            loaded[folder.path] = Codec(folder, load_latent_model(folder.path, device))
+        return loaded[folder.path]
+
     if first is not None:  # here, so that a model that cannot be loaded is exit 3, not a failure of each file
-        loaded[first.path] = Codec.load(first.path, device)
+        codec_of(first)
     told: set[tuple[str, str]] = set()
 
     def convert(source: Source) -> bytes:
         data = source.path.read_bytes()
         header, _ = bitstream.unpack(data)
-        folder = _match(header, folders)
-        if folder.path not in loaded:
-            loaded[folder.path] = Codec.load(folder.path, device)
-        codec = loaded[folder.path]
+        codec = codec_of(_match(header, folders))
         if header.decoder_id != codec.decoder_id and (header.decoder_id, codec.decoder_id) not in told:
             told.add((header.decoder_id, codec.decoder_id))
             console.stderr.print(

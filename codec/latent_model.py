@@ -104,9 +104,7 @@ def load_latent_model(folder: Path, device: str | torch.device = "cpu") -> Laten
         raise ModelError(f"{folder}: a model of class {config.get('_class_name')}, expected AutoencoderKL")
     try:
         network = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-    except (
-        Exception
-    ) as exception:  # diffusers raises many types for damaged weights; the user needs the folder and the reason
+    except Exception as exception:  # diffusers raises many types for damaged weights
         raise ModelError(f"{folder}: cannot load the weights: {exception}") from exception
     try:
         network.to(device)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from codec import images, model_folder, tables
-from codec.latent_model import KLModel
+from codec.latent_model import KLModel, decoder_id
 from codec.pixels import to_float
 
 
@@ -73,13 +73,12 @@ def make_model(path: Path, seed: int = 0, channels: int = 4) -> Path:
     with torch.no_grad():
         z = KLModel(network).encode(to_float(photo(64, 64))[None]).mean[0].numpy().reshape(channels, -1)
     mean, step = z.mean(axis=1), 4 * z.std(axis=1)
-    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     info = {
         "name": path.name,
         "family": "kl",
         "f": 2,
         "latent_channels": channels,
-        "decoder_id": model_folder.decoder_digest(dict(network.config) | {"_class_name": "AutoencoderKL"}, state),
+        "decoder_id": decoder_id(network),
     }
     model_folder.write(path, info=info, mean=mean, step=step, table_sets=[tables.fit(z, mean, step)])
     return path

@@ -8,6 +8,7 @@ Everything is measured on training images; the held-out ones only check it.
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,6 @@ def export_model(
     order = np.random.default_rng(0).permutation(len(training))[: config.export.statistics_images]
     bad: list[tuple[str, str]] = []
     measured = measure(model, [training[i] for i in order], device, bad)
-    usable = [sample for sample in validation if _readable(sample, bad)]
-    for key, reason in bad:
-        console.error(f"sample {key}: {reason} (left out of the model's statistics)")
     summary, step = measured.summary, measured.step
     _write_network(network, out, config, summary, measured.largest_activation)
     fitted = tables.fit(measured.z, summary.mean.astype(np.float32), step)
@@ -93,10 +91,12 @@ def export_model(
         },
     }
     model_folder.write(out, info=info, mean=summary.mean, step=step, table_sets=[fitted])
-    figures = _check(Codec.load(out, device), usable) | {"n_bad_samples": len(bad)}
+    figures = _check(Codec.load(out, device), validation, bad) | {"n_bad_samples": len(bad)}
+    for key, reason in bad:
+        console.error(f"sample {key}: {reason} (left out of the model's statistics)")
     card = model_card(info, config, summary, figures, measured.largest_activation)
     write_atomic(out / "README.md", card.encode())
-    _write_fixture(model, out.parent / "fixture.safetensors", config, device)
+    _write_fixture(model, out.parent / "fixture.safetensors", device)
     return figures
 
 
@@ -140,7 +140,7 @@ def measure(
         x = to_float(image)[None].to(device)
         with torch.inference_mode():
             if n < _MAX_RANGE_IMAGES:
-                with _largest_activation(model.network) as seen:
+                with _activations(model.network) as seen:
                     posterior = model.encode(x)
                     model.decode(posterior.mean)
                 largest = max(largest, *seen)
@@ -188,25 +188,21 @@ def coarsest_step(z: np.ndarray, summary: LatentSummary, f: int) -> np.ndarray:
     return step
 
 
-class _largest_activation:
-    """Collects the largest magnitude of every module's output while it is open."""
+@contextmanager
+def _activations(network: nn.Module) -> Iterator[list[float]]:
+    """Yield a list that takes the largest magnitude of every module's output while the context is open."""
+    seen = [0.0]
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self._seen: list[float] = [0.0]
-        self._hooks: list[Any] = []
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            seen.append(float(output.abs().max()))
 
-    def __enter__(self) -> list[float]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                self._seen.append(float(output.abs().max()))
-
-        self._hooks = [module.register_forward_hook(hook) for module in self._network.modules()]
-        return self._seen
-
-    def __exit__(self, *exception: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    hooks = [module.register_forward_hook(hook) for module in network.modules()]
+    try:
+        yield seen
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def _write_network(
@@ -225,51 +221,46 @@ def _write_network(
         path.chmod((out / "config.json").stat().st_mode)
 
 
-def _readable(sample: SampleRef, bad: list[tuple[str, str]]) -> bool:
-    """Whether a sample can be read; if not, say so in `bad`."""
-    n_bad = len(bad)
-    list(whole_images([sample], 8, 8, bad))
-    return len(bad) == n_bad
+def _check(codec: Codec, validation: Sequence[SampleRef], bad: list[tuple[str, str]]) -> dict[str, Any]:
+    """Measure the finished folder on held-out images: normalized deviation, rate and PSNR by quality.
 
-
-def _held_out(validation: Sequence[SampleRef], multiple: int) -> Iterator[np.ndarray]:
-    for _, image in whole_images(validation, _STATISTICS_SIDE, multiple):
-        yield image
-
-
-def _check(codec: Codec, validation: Sequence[SampleRef]) -> dict[str, Any]:
-    """Measure the finished folder on held-out images: normalized deviation, rate and PSNR by quality."""
-    figures: dict[str, Any] = {
-        "stream_id": codec.stream_id,
-        "decoder_id": codec.decoder_id,
-        "n_held_out": len(validation),
-    }
-    if not validation:
-        return figures
+    Images that cannot be read are left out, and added to `bad` as (key, reason).
+    """
     statistics = LatentStatistics(codec.model.channels)
-    for image in _held_out(validation, codec.model.f):
-        with torch.inference_mode():
-            statistics.update(codec.model.encode(to_float(image)[None].to(codec.device)))
-    summary = statistics.summary()
-    figures["normalized_std"] = summary.global_std * codec.model.scaling_factor
-    figures["normalized_mean"] = (summary.global_mean - codec.model.shift_factor) * codec.model.scaling_factor
     qualities = (0, 25, 50, 75, 100)
     rows: dict[int, list[tuple[float, float]]] = {quality: [] for quality in qualities}
     ceiling = []
-    for image in _held_out(validation[:_MAX_CHECKED_IMAGES], codec.model.f):
+    n_held_out = 0
+    for _, image in whole_images(validation, _STATISTICS_SIDE, codec.model.f, bad):
+        n_held_out += 1
+        with torch.inference_mode():
+            statistics.update(codec.model.encode(to_float(image)[None].to(codec.device)))
+        if n_held_out > _MAX_CHECKED_IMAGES:
+            continue
         ceiling.append(psnr(image, codec.reconstruct(image)))
         for quality, data in zip(qualities, codec.encode_many(image, qualities), strict=True):
             rows[quality].append((8 * len(data) / (image.shape[0] * image.shape[1]), psnr(image, codec.decode(data))))
-    figures["unquantised_psnr"] = float(np.mean(ceiling))
-    figures["n_checked"] = len(ceiling)
-    figures["by_quality"] = {
-        quality: {"bpp": float(np.mean([row[0] for row in found])), "psnr": float(np.mean([row[1] for row in found]))}
-        for quality, found in rows.items()
+    figures: dict[str, Any] = {
+        "stream_id": codec.stream_id,
+        "decoder_id": codec.decoder_id,
+        "n_held_out": n_held_out,
     }
-    return figures
+    if n_held_out == 0:
+        return figures
+    summary = statistics.summary()
+    return figures | {
+        "normalized_std": summary.global_std * codec.model.scaling_factor,
+        "normalized_mean": (summary.global_mean - codec.model.shift_factor) * codec.model.scaling_factor,
+        "unquantised_psnr": float(np.mean(ceiling)),
+        "n_checked": len(ceiling),
+        "by_quality": {
+            quality: dict(zip(("bpp", "psnr"), np.mean(found, axis=0).tolist(), strict=True))
+            for quality, found in rows.items()
+        },
+    }
 
 
-def _write_fixture(model: LatentModel, path: Path, config: Config, device: torch.device) -> None:
+def _write_fixture(model: LatentModel, path: Path, device: torch.device) -> None:
     """Write one input with the trainer's own latents and reconstruction, to hold any other runtime to."""
     side = max(64, model.f)
     ramp = np.indices((side, side)).astype(np.float64) / (side - 1)

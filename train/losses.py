@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from codec.errors import UsageError
 from eval.features import Distance, FeaturesError, SqueezeFeatures, find_backbone, load_lpips
 from train.config import LossConfig
 
@@ -74,7 +73,7 @@ class ReconstructionLoss(nn.Module):
     """The weighted terms between an image and its reconstruction; no trainable parameter."""
 
     def __init__(self, config: LossConfig) -> None:
-        """Raise UsageError when the features that the recipe asks for are missing."""
+        """Raise FeaturesError (a UsageError) when the features that the recipe asks for are missing."""
         super().__init__()
         self._config = config
         self.perceptual = build_perceptual(config)
@@ -84,10 +83,7 @@ class ReconstructionLoss(nn.Module):
         if self.perceptual is None and looked:
             self.ms_ssim_weight = max(config.ms_ssim_weight, config.fallback_ms_ssim_weight)
         if self.ms_ssim_weight > 0:
-            try:
-                import pytorch_msssim  # noqa: F401
-            except ImportError as exception:
-                raise UsageError("MS-SSIM needs pytorch-msssim: pip install 'latent-codec[train]'") from exception
+            import pytorch_msssim  # noqa: F401  (missing: found here, before training)
 
     def forward(self, x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the named terms, each a scalar that is already weighted."""
