@@ -10,7 +10,7 @@ import typer
 
 from codec import console
 from codec.console import Exit
-from train import config as configs
+from train.recipe import load_recipe, recipe_names
 from train.shards_cli import shards_command
 
 app = console.application(
@@ -39,7 +39,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config as JSON and stop.")] = False,
 ) -> int:
     """Train a model and export it to RUN/model. Keys and defaults: --dry-run with any recipe."""
-    config = configs.load(recipe, overrides or [])
+    config = load_recipe(recipe, overrides or [])
     if dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         return Exit.OK
@@ -61,7 +61,7 @@ def run(
 @app.command()
 def recipes() -> int:
     """List the recipes of the package."""
-    print("\n".join(configs.names()))
+    print("\n".join(recipe_names()))
     return Exit.OK
 
 

@@ -1,22 +1,9 @@
-"""What a recipe can set: one frozen dataclass per component, read from TOML with `key=value` overrides.
+"""What a recipe can set: one frozen dataclass per component; `train.recipe` reads them. Must not import torch."""
 
-A recipe holds only what differs from the defaults below. An unknown key is an error that names the nearest known one.
-"""
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-import difflib
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-from codec.errors import UsageError
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r}, allowed: {allowed}")
+from train.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +28,23 @@ class ModelConfig:
     """The two 1x1 convolutions around the latents, as in Stable Diffusion 1 and 2."""
 
     def __post_init__(self) -> None:
-        _require(self.norm_num_groups >= 1, "model.norm_num_groups", self.norm_num_groups, ">= 1")
-        _require(len(self.block_out_channels) >= 1, "model.block_out_channels", self.block_out_channels, "at least one")
+        require(self.norm_num_groups >= 1, "model.norm_num_groups", self.norm_num_groups, ">= 1")
+        require(len(self.block_out_channels) >= 1, "model.block_out_channels", self.block_out_channels, "at least one")
         for width in self.block_out_channels:
-            _require(
+            require(
                 width > 0 and width % self.norm_num_groups == 0,
                 "model.block_out_channels",
                 width,
                 f"multiples of model.norm_num_groups = {self.norm_num_groups}",
             )
-            _require(
+            require(
                 self.init != "linear" or width % (2 * self.norm_num_groups) == 0,
                 "model.norm_num_groups",
                 self.norm_num_groups,
                 f"an even number of channels in each group of width {width} (one channel a group loses brightness)",
             )
-        _require(self.layers_per_block >= 1, "model.layers_per_block", self.layers_per_block, ">= 1")
-        _require(self.latent_channels >= 1, "model.latent_channels", self.latent_channels, ">= 1")
+        require(self.layers_per_block >= 1, "model.layers_per_block", self.layers_per_block, ">= 1")
+        require(self.latent_channels >= 1, "model.latent_channels", self.latent_channels, ">= 1")
 
     @property
     def f(self) -> int:
@@ -90,13 +77,13 @@ class DataConfig:
     """Decoded images that each worker keeps in memory, 10^6 bytes: spares small sets their decoding; 0 = none."""
 
     def __post_init__(self) -> None:
-        _require(self.crop >= 8, "data.crop", self.crop, ">= 8")
-        _require(self.final_crop == 0 or self.final_crop >= 8, "data.final_crop", self.final_crop, "0 or >= 8")
-        _require(0 <= self.final_part <= 1, "data.final_part", self.final_part, "0..1")
-        _require(self.n_validation >= 0, "data.n_validation", self.n_validation, ">= 0")
-        _require(self.validation_crop >= 8, "data.validation_crop", self.validation_crop, ">= 8")
-        _require(self.workers >= 0, "data.workers", self.workers, ">= 0")
-        _require(self.cache_mb >= 0, "data.cache_mb", self.cache_mb, ">= 0")
+        require(self.crop >= 8, "data.crop", self.crop, ">= 8")
+        require(self.final_crop == 0 or self.final_crop >= 8, "data.final_crop", self.final_crop, "0 or >= 8")
+        require(0 <= self.final_part <= 1, "data.final_part", self.final_part, "0..1")
+        require(self.n_validation >= 0, "data.n_validation", self.n_validation, ">= 0")
+        require(self.validation_crop >= 8, "data.validation_crop", self.validation_crop, ">= 8")
+        require(self.workers >= 0, "data.workers", self.workers, ">= 0")
+        require(self.cache_mb >= 0, "data.cache_mb", self.cache_mb, ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +107,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name in ("perceptual_weight", "ms_ssim_weight", "fallback_ms_ssim_weight", "kl_weight"):
-            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), ">= 0")
+            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,15 +136,15 @@ class OptimConfig:
     """Decay per step of the averaged weights, which are what is exported; warm-up (1 + t) / (10 + t)."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr", self.lr, "> 0")
-        _require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "0 <= beta < 1 each")
-        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
-        _require(0 <= self.final_lr_ratio <= 1, "optim.final_lr_ratio", self.final_lr_ratio, "0..1")
-        _require(self.warmup_images >= 0, "optim.warmup_images", self.warmup_images, ">= 0")
-        _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0")
-        _require(self.batch_size >= 1, "optim.batch_size", self.batch_size, ">= 1")
-        _require(self.accumulate >= 1, "optim.accumulate", self.accumulate, ">= 1")
-        _require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "0 <= decay < 1")
+        require(self.lr > 0, "optim.lr", self.lr, "> 0")
+        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "0 <= beta < 1 each")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
+        require(0 <= self.final_lr_ratio <= 1, "optim.final_lr_ratio", self.final_lr_ratio, "0..1")
+        require(self.warmup_images >= 0, "optim.warmup_images", self.warmup_images, ">= 0")
+        require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0")
+        require(self.batch_size >= 1, "optim.batch_size", self.batch_size, ">= 1")
+        require(self.accumulate >= 1, "optim.accumulate", self.accumulate, ">= 1")
+        require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "0 <= decay < 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +159,7 @@ class ExportConfig:
     """Training images that latent statistics and entropy tables are measured on, whole (largest side 1024 pixels)."""
 
     def __post_init__(self) -> None:
-        _require(self.statistics_images >= 1, "export.statistics_images", self.statistics_images, ">= 1")
+        require(self.statistics_images >= 1, "export.statistics_images", self.statistics_images, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,11 +185,11 @@ class RunConfig:
     """Images between checkpoints; the end of the run always writes one."""
 
     def __post_init__(self) -> None:
-        _require(self.n_images >= 1, "run.n_images", self.n_images, ">= 1")
-        _require(self.seed >= 0, "run.seed", self.seed, ">= 0")
-        _require(self.time_limit_min >= 0, "run.time_limit_min", self.time_limit_min, ">= 0")
+        require(self.n_images >= 1, "run.n_images", self.n_images, ">= 1")
+        require(self.seed >= 0, "run.seed", self.seed, ">= 0")
+        require(self.time_limit_min >= 0, "run.time_limit_min", self.time_limit_min, ">= 0")
         for name in ("log_every", "validate_every", "checkpoint_every"):
-            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
+            require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,118 +208,8 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("crop", "final_crop"):
             side = getattr(self.data, name)
-            _require(side % self.model.f == 0, f"data.{name}", side, f"multiples of f = {self.model.f}")
+            require(side % self.model.f == 0, f"data.{name}", side, f"multiples of f = {self.model.f}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         return asdict(self)
-
-
-def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and apply overrides.
-
-    Args:
-        recipe: path of a TOML file, or the name of one that comes with the package ("small-f8c8").
-        overrides: "section.key=value" each; the value is TOML, or a bare string.
-
-    Raises:
-        UsageError: no such recipe, bad TOML, an unknown key (names the nearest), a value of the wrong type or range.
-    """
-    path = Path(recipe)
-    packaged = resources.files("train.recipes") / f"{recipe}.toml"
-    try:
-        if path.is_file():
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        elif packaged.is_file():
-            tree = tomllib.loads(packaged.read_text(encoding="utf-8"))
-        else:
-            raise UsageError(f"{recipe}: no such recipe file, and none of that name among {', '.join(names())}")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as exception:
-        raise UsageError(f"{recipe}: not a readable TOML file: {exception}") from exception
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        config: Config = _build(Config, tree, "")
-    except ValueError as exception:
-        raise UsageError(f"{recipe}: {exception}") from exception
-    return config
-
-
-def names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(
-        entry.name.removesuffix(".toml")
-        for entry in resources.files("train.recipes").iterdir()
-        if entry.name.endswith(".toml")
-    )
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UsageError(f"{override}: expected key=value, for example optim.lr=2e-4")
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *sections, last = key.strip().split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise UsageError(f"{override}: {section} is not a section")
-    tree[last] = value
-
-
-def _build(cls: type[Any], tree: Mapping[str, Any], prefix: str) -> Any:
-    """Build a dataclass from a TOML table; `prefix` is the dotted name of the table, with its dot."""
-    hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
-    values = {}
-    for key, value in tree.items():
-        if key not in known:
-            raise ValueError(f"unknown key {prefix}{key}; {_nearest(prefix + key)}")
-        values[key] = _convert(value, hints[key], f"{prefix}{key}")
-    return cls(**values)
-
-
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    """Check a TOML value against a field's type; an int serves as a float, a list as a tuple."""
-    origin, args = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} = {value!r}, expected a section")
-        return _build(hint, value, f"{name}.")  # type: ignore[arg-type]
-    if origin is Literal:
-        _require(value in args, name, value, ", ".join(map(str, args)))
-        return value
-    if origin is tuple:
-        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
-            raise ValueError(
-                f"{name} = {value!r}, expected a list of {'numbers' if args[-1] is Ellipsis else len(args)}"
-            )
-        return tuple(_convert(item, args[0], name) for item in value)
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise ValueError(f"{name} = {value!r}, expected {hint.__name__}")
-    return value
-
-
-def _keys(cls: type[Any], prefix: str = "") -> list[str]:
-    """Every dotted key below a dataclass."""
-    out = []
-    for name, hint in get_type_hints(cls).items():
-        out += _keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [prefix + name]  # type: ignore[arg-type]
-    return out
-
-
-def _nearest(key: str) -> str:
-    """Name the known key nearest to an unknown one: of the same name, else like it in its section, else anywhere."""
-    known = _keys(Config)
-    section, _, name = key.rpartition(".")
-    in_section = [k for k in known if k.rpartition(".")[0] == section]
-    same = [k for k in known if k.rpartition(".")[2] == name]
-    beside = difflib.get_close_matches(key, in_section, n=1, cutoff=0.75)
-    anywhere = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    near = [*same, *beside, *anywhere]
-    return f"did you mean {near[0]}?" if near else f"sections are {', '.join(f.name for f in fields(Config))}"

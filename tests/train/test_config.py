@@ -6,6 +6,7 @@ import pytest
 from codec.errors import UsageError
 from train import config
 from train.cli import main
+from train.recipe import load_recipe, recipe_names
 
 
 def write(path: Path, text: str) -> str:
@@ -15,7 +16,7 @@ def write(path: Path, text: str) -> str:
 
 def test_a_recipe_holds_differences_and_overrides_win(tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.toml", "[optim]\nlr = 1\nbatch_size = 3\n[model]\nblock_out_channels = [64, 128]\n")
-    resolved = config.load(recipe, ["optim.lr=2e-4", "run.out=some/where", "data.flip=false", "optim.betas=[0.5, 0.9]"])
+    resolved = load_recipe(recipe, ["optim.lr=2e-4", "run.out=some/where", "data.flip=false", "optim.betas=[0.5, 0.9]"])
     assert (resolved.optim.lr, resolved.optim.batch_size, resolved.optim.betas) == (2e-4, 3, (0.5, 0.9))
     assert (resolved.model.f, resolved.run.out, resolved.data.flip) == (2, "some/where", False)
     assert resolved.optim.clip_norm == config.OptimConfig().clip_norm
@@ -53,7 +54,7 @@ def test_each_mistake_is_one_line_that_names_the_key(
 
 def test_an_unknown_recipe_names_those_there_are() -> None:
     with pytest.raises(UsageError, match="tiny"):
-        config.load("no-such-recipe")
+        load_recipe("no-such-recipe")
 
 
 @pytest.mark.parametrize("override", ["optim.lr", "optim.lrr=1", "lr=1"])
@@ -62,7 +63,7 @@ def test_a_wrong_override_names_the_nearest_key(override: str, capsys: pytest.Ca
     assert "optim.lr" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", config.names())
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_of_the_package_resolves_and_states_its_command(
     recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

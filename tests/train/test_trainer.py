@@ -24,6 +24,7 @@ from train import config
 from train.autoencoder import AutoencoderTask
 from train.cli import main
 from train.data import SampleSequence, split, whole_images
+from train.recipe import load_recipe
 from train.trainer import Progress, Trainer, averaged, learning_rate
 
 
@@ -34,7 +35,7 @@ def log(run: Path, event: str = "step") -> list[dict]:
 
 def trainer(shards: Path, out: Path, *overrides: str) -> Trainer:
     out.mkdir(parents=True, exist_ok=True)
-    resolved = config.load("tiny", [f"data.shards={shards}", f"run.out={out}", *overrides])
+    resolved = load_recipe("tiny", [f"data.shards={shards}", f"run.out={out}", *overrides])
     training, validation = split(read_index(shards), resolved.data.n_validation)
     torch.manual_seed(resolved.run.seed)
     task = AutoencoderTask(resolved, training, validation)

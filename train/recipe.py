@@ -1,0 +1,126 @@
+"""Recipes: TOML files with `key=value` overrides -> `train.config.Config`.
+
+A recipe holds only what differs from the defaults. An unknown key is an error that names the nearest known one.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from codec.errors import UsageError
+from train.checks import require
+from train.config import Config
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: path of a TOML file, or the name of one that comes with the package ("small-f8c8").
+        overrides: "section.key=value" each; the value is TOML, or a bare string.
+
+    Raises:
+        UsageError: no such recipe, bad TOML, an unknown key (names the nearest), a value of the wrong type or range.
+    """
+    path = Path(recipe)
+    packaged = resources.files("train.recipes") / f"{recipe}.toml"
+    try:
+        if path.is_file():
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        elif packaged.is_file():
+            tree = tomllib.loads(packaged.read_text(encoding="utf-8"))
+        else:
+            raise UsageError(f"{recipe}: no such recipe file, and none of that name among {', '.join(recipe_names())}")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as exception:
+        raise UsageError(f"{recipe}: not a readable TOML file: {exception}") from exception
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        config: Config = _build(Config, tree, "")
+    except ValueError as exception:
+        raise UsageError(f"{recipe}: {exception}") from exception
+    return config
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("train.recipes").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"{override}: expected key=value, for example optim.lr=2e-4")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"{override}: {section} is not a section")
+    tree[last] = value
+
+
+def _build(cls: type[Any], tree: Mapping[str, Any], prefix: str) -> Any:
+    """Build a dataclass from a TOML table; `prefix` is the dotted name of the table, with its dot."""
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        if key not in known:
+            raise ValueError(f"unknown key {prefix}{key}; {_nearest(prefix + key)}")
+        values[key] = _convert(value, hints[key], f"{prefix}{key}")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """Check a TOML value against a field's type; an int serves as a float, a list as a tuple."""
+    origin, args = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} = {value!r}, expected a section")
+        return _build(hint, value, f"{name}.")  # type: ignore[arg-type]
+    if origin is Literal:
+        require(value in args, name, value, ", ".join(map(str, args)))
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            raise ValueError(
+                f"{name} = {value!r}, expected a list of {'numbers' if args[-1] is Ellipsis else len(args)}"
+            )
+        return tuple(_convert(item, args[0], name) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{name} = {value!r}, expected {hint.__name__}")
+    return value
+
+
+def _keys(cls: type[Any], prefix: str = "") -> list[str]:
+    """Every dotted key below a dataclass."""
+    out = []
+    for name, hint in get_type_hints(cls).items():
+        out += _keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [prefix + name]  # type: ignore[arg-type]
+    return out
+
+
+def _nearest(key: str) -> str:
+    """Name the known key nearest to an unknown one: of the same name, else like it in its section, else anywhere."""
+    known = _keys(Config)
+    section, _, name = key.rpartition(".")
+    in_section = [k for k in known if k.rpartition(".")[0] == section]
+    same = [k for k in known if k.rpartition(".")[2] == name]
+    beside = difflib.get_close_matches(key, in_section, n=1, cutoff=0.75)
+    anywhere = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = [*same, *beside, *anywhere]
+    return f"did you mean {near[0]}?" if near else f"sections are {', '.join(f.name for f in fields(Config))}"
