@@ -28,19 +28,31 @@ CODEC_TENSORS = "codec.safetensors"
 FOLDER_VERSION = 0
 MODELS_VARIABLE = "CODEC_MODELS"
 
-# The fields of diffusers' config that decide what the decoder computes from raw latents.
-DECODER_FIELDS = (
-    "_class_name",
-    "act_fn",
-    "block_out_channels",
-    "latent_channels",
-    "layers_per_block",
-    "mid_block_add_attention",
-    "norm_num_groups",
-    "out_channels",
-    "up_block_types",
-    "use_post_quant_conv",
-)
+# For each class, the fields of diffusers' config that decide what its decoder computes from raw latents.
+DECODER_FIELDS = {
+    "AutoencoderKL": (
+        "_class_name",
+        "act_fn",
+        "block_out_channels",
+        "latent_channels",
+        "layers_per_block",
+        "mid_block_add_attention",
+        "norm_num_groups",
+        "out_channels",
+        "up_block_types",
+        "use_post_quant_conv",
+    ),
+    "AutoencoderTiny": (
+        "_class_name",
+        "act_fn",
+        "decoder_block_out_channels",
+        "latent_channels",
+        "num_decoder_blocks",
+        "out_channels",
+        "upsample_fn",
+        "upsampling_scaling_factor",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +165,10 @@ def decoder_digest(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray])
     """Return the decoder id, 16 hex digits; FORMAT.md section 3.
 
     Args:
-        config: diffusers' config.
+        config: diffusers' config, with `_class_name`, which must be one of `DECODER_FIELDS`.
         tensors: the model's state dict as float32 or float16 arrays; names outside the decoder are ignored.
     """
-    fields = {name: config[name] for name in DECODER_FIELDS if name in config}
+    fields = {name: config[name] for name in DECODER_FIELDS[config["_class_name"]] if name in config}
     sha = hashlib.sha256(b"latent-codec decoder 0")
     sha.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(tensors):

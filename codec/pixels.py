@@ -41,3 +41,8 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
         raise ValueError("the image holds values that are not finite")
     pixels = ((x + 1.0) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
     return np.ascontiguousarray(np.moveaxis(pixels, -3, -1))
+
+
+def round_to_8_bit(x: torch.Tensor) -> torch.Tensor:
+    """Round float pixels in [-1, 1] to the 256 values that uint8 pixels have there, clamped; no gradient passes."""
+    return ((x.detach() + 1.0) * 127.5).round().clamp(0, 255) / 127.5 - 1.0

@@ -1,14 +1,16 @@
-"""Reading tar shards of images by their index. `train.shards` writes them and describes what they hold.
+"""Reading tar shards of images by their index: those of `train.shards`, which describes them, and other people's.
 
 Must not import torch: the processes that read and decode images import this.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codec.errors import ImageError, UsageError
+from codec.shard_scan import list_shards, scan_shards
 
 VERSION = 1
 MANIFEST = "shards.json"
@@ -30,20 +32,35 @@ class SampleRef:
     """Pixels, after EXIF orientation."""
     height: int
     label: str | None
-    """Name of the folder directly holding the image; None where it lay directly in the source folder."""
+    """Name of the folder directly holding the image; None where it lay directly in the source folder. In other
+    people's shards: the class they state."""
     sha256: str
 
+    @property
+    def name(self) -> str:
+        """What error messages call it."""
+        return f"{self.shard}/{self.key}.{self.ext}"
 
-def read_index(folder: Path) -> list[SampleRef]:
+
+def read_index(folder: Path, *, quiet: bool = False) -> list[SampleRef]:
     """List all samples of a shard folder, in the order of shards and samples.
 
+    A folder of tar files without a manifest is scanned once, from end to end, see `codec.shard_scan`. Where several
+    processes work together, let one go first: the others then find its index. (All at once does no harm.)
+
+    Args:
+        folder: holds the shards.
+        quiet: print nothing; else images of a scanned folder that cannot be used are said on stderr.
+
     Raises:
-        UsageError: the folder is missing, holds no shards, is incomplete or damaged; says what to run.
+        UsageError: the folder is missing, holds no shards or no image, is incomplete or damaged; says what to run.
     """
     command = f"codec-train shards SRC... -o {folder}"
     if not (folder / MANIFEST).is_file():
+        if tars := list_shards(folder):
+            return _scanned(folder, tars, quiet)
         what = "no shards here" if folder.is_dir() else "no such folder"
-        raise UsageError(f"{folder}: {what} (no {MANIFEST}); make them: {command}")
+        raise UsageError(f"{folder}: {what} (neither {MANIFEST} nor *.tar); make them: {command}")
     manifest = read_json(folder / MANIFEST)
     if manifest.get("version") != VERSION:
         raise UsageError(f"{folder}: shards of version {manifest.get('version')}, expected {VERSION}; make them anew")
@@ -54,11 +71,23 @@ def read_index(folder: Path) -> list[SampleRef]:
         found = finished(folder, index)
         if found is None:
             raise UsageError(f"{folder / shard_name(index)}: missing or damaged; make it again: {command}")
-        for sample in found["samples"]:
-            label = sample["class"]
-            fields = {name: value for name, value in sample.items() if name != "class"}
-            refs.append(SampleRef(shard=folder / found["shard"], label=label, **fields))
+        refs += _refs(folder, found)
     return refs
+
+
+def _scanned(folder: Path, tars: Sequence[Path], quiet: bool) -> list[SampleRef]:
+    refs = [ref for found in scan_shards(tars, quiet=quiet) for ref in _refs(folder, found)]
+    if not refs:
+        raise UsageError(f"{folder}: no readable image in any of the {len(tars)} tar files")
+    return refs
+
+
+def _refs(folder: Path, found: dict[str, Any]) -> list[SampleRef]:
+    shard = folder / found["shard"]
+    return [
+        SampleRef(shard=shard, label=sample["class"], **{name: sample[name] for name in sample if name != "class"})
+        for sample in found["samples"]
+    ]
 
 
 def read_sample(ref: SampleRef) -> bytes:
@@ -72,9 +101,9 @@ def read_sample(ref: SampleRef) -> bytes:
             file.seek(ref.offset)
             data = file.read(ref.length)
     except OSError as exception:
-        raise ImageError(f"{ref.shard}/{ref.key}.{ref.ext}: {exception.strerror}") from exception
+        raise ImageError(f"{ref.name}: {exception.strerror}") from exception
     if len(data) != ref.length:
-        raise ImageError(f"{ref.shard}/{ref.key}.{ref.ext}: shard is truncated, {len(data)} of {ref.length} bytes")
+        raise ImageError(f"{ref.name}: shard is truncated, {len(data)} of {ref.length} bytes")
     return data
 
 

@@ -1,155 +1,392 @@
-"""The autoencoder task: KL autoencoders now; VQ and Tiny share it and differ only inside the model.
+"""The autoencoder task: AutoencoderKL and AutoencoderTiny, which differ only inside the model.
 
-image (B, 3, S, S) -> AutoencoderModule (encoder, posterior sample, decoder) -> x_hat -> ReconstructionLoss + KL
+    image -> AutoencoderModule -> x_hat -> reconstruction and adversarial terms -> gradients at x_hat -----+
+                               -> mean, log-variance, bits -> KL, rate, alignment -------------------------+-> backward
+
+Each term between x and x_hat is differentiated once, as far as x_hat; their weighted sum then goes back through the
+networks in one pass. So every term's gradient is known, and the adaptive weight costs one layer instead of two more
+passes through the perceptual network and the discriminator.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from codec import console
 from codec.errors import UsageError
-from codec.latent_model import KLModel
-from codec.pixels import to_float, to_uint8
+from codec.latent_model import LatentModel, latent_model
+from codec.pixels import to_float
 from codec.shards import SampleRef
-from eval.features import MIN_SIDE
-from eval.metrics import ms_ssim, psnr
+from train import draws as positions_draws
+from train.adversary import Adversary
 from train.config import Config
-from train.data import whole_images
-from train.export import export_model
-from train.losses import MS_SSIM_MIN_SIDE, ReconstructionLoss, kl_per_pixel
-from train.networks import build_network
+from train.data import share_of, whole_images
+from train.discriminator import build_discriminator
+from train.draws import LATENT_NOISE, PER_BATCH, PER_IMAGE, POSTERIOR, UNIFORM
+from train.export import export_model, load_discriminator_state
+from train.health import Monitor
+from train.latent_losses import FeatureAlignment, LatentScale, LatentTransform, latent_moments
+from train.losses import ReconstructionLoss, kl_loss, kl_nats, kl_weight_in_ldm
+from train.module import AutoencoderModule, Draws, Outputs, compile_blocks
+from train.networks import build_network, check_teacher, checkpoint_activations, decoder_only, load_teacher
+from train.rate import RateModel, draw_quality, price
+from train.schedules import kl_factor, parse_moment
+from train.task import Step, Terms, Values
+from train.validation import measure
 
-_GRID = 6  # pictures in the validation grid
-
-
-class AutoencoderModule(nn.Module):
-    """What DDP wraps: one forward is the whole pass, so that every gradient is reduced over ranks."""
-
-    def __init__(self, network: AutoencoderKL) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Encode, draw one sample of the posterior, decode.
-
-        Args:
-            x: (B, 3, H, W) in [-1, 1].
-            generator: of the posterior's noise; on the CPU, so that devices agree.
-
-        Returns:
-            x_hat (B, 3, H, W), mean and log-variance (B, D, h, w), raw.
-        """
-        posterior = self.network.encode(x).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        z = mean + torch.exp(0.5 * logvar) * noise
-        return self.network.decode(z).sample, mean, logvar
+_LEAST_KL_RELIEF = 1 / 64
+_RATE_IMAGES = 16  # that a rate model's first steps and densities are fitted to
 
 
 class AutoencoderTask:
     """See `train.task.Task`."""
 
     def __init__(self, config: Config, training: Sequence[SampleRef], validation: Sequence[SampleRef]) -> None:
-        """Build network and losses; raises UsageError when the perceptual features are missing."""
+        """Build networks and losses.
+
+        Raises:
+            UsageError: features, starting point or teacher missing; crops that the losses cannot take.
+        """
         self._config = config
         self._training = training
         self._validation = validation
-        self._network = build_network(config.model)
-        self.module: nn.Module = AutoencoderModule(self._network)
+        network = build_network(config.model)
+        model = latent_model(network)
+        self.f, self._channels = model.f, model.channels
+        self._has_variance = model.family == "kl"
+        self._last_layer = model.decoder_out
+        self._decoder_only = decoder_only(config.model)
+        self._teacher: LatentModel | None = None
+        if config.model.teacher:
+            self._teacher = latent_model(load_teacher(Path(config.model.teacher)))
+            check_teacher(self._teacher, model)
+        if config.run.gradient_checkpointing:
+            checkpoint_activations(network)
+        if config.run.channels_last:
+            network.to(memory_format=torch.channels_last)
+        latents = config.latents
+        self._alignment = None
+        if latents.alignment_weight > 0:
+            self._alignment = FeatureAlignment(Path(latents.alignment), latents.alignment_margins)
+        rate = self._build_rate(model) if config.rate.probability > 0 else None
+        self.module: nn.Module = AutoencoderModule(
+            network,
+            rate=rate,
+            projection=self._alignment.projection(self._channels) if self._alignment else None,
+            learned_scale=config.loss.learned_scale,
+            frozen_encoder=self._decoder_only,
+        )
         self.loss = ReconstructionLoss(config.loss)
-        smallest = MIN_SIDE if self.loss.perceptual is not None else 1
-        if self.loss.ms_ssim_weight > 0:
-            smallest = max(smallest, MS_SSIM_MIN_SIDE)
-        if config.data.crop < smallest:
-            raise UsageError(f"data.crop = {config.data.crop}: this recipe's losses need at least {smallest} pixels")
+        self.adversary = self._build_adversary() if config.adversarial.weight > 0 else None
+        self.critic: nn.Module | None = self.adversary.discriminator if self.adversary else None
+        self._monitor = Monitor(config.health, config.adversarial.adaptive_cap)
+        self._scale = LatentScale()  # for the noise on normalized latents
+        self._kl_relief = 1.0  # what posterior collapse has multiplied the KL's weight by
+
+    def _build_rate(self, model: LatentModel) -> RateModel:
+        """Build steps and densities, fitted to what the encoder makes of a few training images now."""
+        rate = RateModel(self._channels, self._config.rate.components)
+        with torch.no_grad():
+            side = self._config.data.crop
+            pieces = [image for _, image in whole_images(self._training[:_RATE_IMAGES], side, self.f, bad=[])]
+            found = [model.encode(to_float(image)[None]).mean.flatten(2) for image in pieces]
+        if found:
+            rate.initialize(torch.cat(found, dim=2)[..., None], self.f)
+        return rate
+
+    def _build_adversary(self) -> Adversary:
+        discriminator = build_discriminator(self._config.adversarial)
+        base = self._config.model.init_from
+        state = load_discriminator_state(Path(base)) if base else None
+        if state is not None:  # released with the model: spares a cold start
+            try:
+                discriminator.load_state_dict(state)
+            except RuntimeError:
+                console.error(f"{base}/discriminator: of another shape than [adversarial] says; starting cold")
+        if self._config.run.channels_last:
+            discriminator.to(memory_format=torch.channels_last)
+        return Adversary(self._config.adversarial, discriminator)
+
+    def check_shapes(self, shapes: Sequence[tuple[int, int]]) -> None:
+        """Raise UsageError when a batch of one of these (height, width) could not be trained on."""
+        smallest = self._smallest_side()
+        for height, width in shapes:
+            if min(height, width) < smallest:
+                raise UsageError(
+                    f"data.crop: crops of {height} x {width}; this recipe's losses need at least {smallest} pixels"
+                )
+            if height % self.f or width % self.f:
+                raise UsageError(f"data.crop: crops of {height} x {width}, expected multiples of f = {self.f}")
+
+    def _smallest_side(self) -> int:
+        discriminator = self.adversary.discriminator.min_side if self.adversary else 1
+        return max(self.loss.min_side, discriminator)
+
+    @property
+    def _network(self) -> Any:
+        return _unwrapped(self.module).network
 
     def to(self, device: torch.device) -> None:
-        """Move the losses' frozen networks; the loop moves `module`."""
+        """Move the frozen networks; the loop moves `module` and `critic`."""
         self.loss.to(device)
+        if self._alignment is not None:
+            self._alignment.to(device)
+        if self._teacher is not None:
+            self._teacher.network.to(device)
+
+    def compile(self) -> None:
+        """torch.compile block by block, the decoder's last layer left out: gradients at its weight are read apart."""
+        compile_blocks(self._network)
+        if self.critic is not None:
+            self.critic.compile()
+        if self.loss.perceptual is not None:
+            self.loss.perceptual.compile()
 
     def describe(self) -> dict[str, str]:
         """Return what the run prints about the losses and the network."""
-        n_parameters = sum(p.numel() for p in self.module.parameters())
-        perceptual = self.loss.perceptual
-        weights = self._config.loss
-        terms: list[str] = [weights.pixel]
-        if perceptual is not None:
-            terms.append(f"{weights.perceptual_weight:g} {perceptual.name}")
-        if self.loss.ms_ssim_weight > 0:
-            terms.append(f"{self.loss.ms_ssim_weight:g} (1 - MS-SSIM)")
-        terms.append(f"{weights.kl_weight:g} KL nats/pixel")
-        model = self._config.model
-        return {
-            "network": f"AutoencoderKL f{model.f} c{model.latent_channels}, {n_parameters / 1e6:.2f} M parameters",
-            "loss": " + ".join(terms) + ("" if perceptual else f" (perceptual: n/a, {self.loss.why_not_perceptual})"),
-        }
+        config = self._config
+        n_parameters = sum(p.numel() for p in self._network.parameters())
+        n_trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        network = (
+            f"{type(self._network).__name__} f{self.f} c{self._channels}, {n_parameters / 1e6:.2f} M parameters, "
+            f"{n_trained / 1e6:.2f} M trained{' (decoder only)' if self._decoder_only else ''}"
+        )
+        if config.model.init_from:
+            network += f", from {Path(config.model.init_from).resolve().name}"
+        out = {"network": network, "loss": self._describe_losses()}
+        if self._has_kl:
+            ldm = kl_weight_in_ldm(config.kl, config.loss.pixel_weight, config.data.crop, self.f, self._channels)
+            out["kl"] = (
+                f"weight {config.kl.weight:g} per {config.kl.reduction}, {config.kl.schedule}; {ldm:.3g} in LDM's "
+                "convention (sums over pixels and latents)"
+            )
+        if self.adversary is not None:
+            adversarial = config.adversarial
+            out["discriminator"] = (
+                f"{sum(p.numel() for p in self.adversary.discriminator.parameters()) / 1e6:.2f} M parameters, "
+                f"{adversarial.loss}, weight {adversarial.weight:g}{', adaptive' if adversarial.adaptive else ''}; "
+                f"warm-up from {adversarial.start} for {adversarial.warmup}, ramp {adversarial.ramp}"
+            )
+        return out
 
-    def generator_step(
-        self, module: nn.Module, batch: Mapping[str, Any], generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
+    def _describe_losses(self) -> str:
+        config = self._config
+        terms = [self.loss.describe()]
+        if self._has_kl:
+            terms.append(f"{config.kl.weight:g} KL nats/{config.kl.reduction}")
+        if config.rate.probability > 0:
+            terms.append(f"{config.rate.weight:g} bpp (at q 0)")
+        if self.adversary is not None:
+            terms.append(f"{config.adversarial.weight:g} adversarial ({config.adversarial.loss})")
+        if self._alignment is not None:
+            terms.append(f"{config.latents.alignment_weight:g} alignment")
+        missing = self.loss.perceptual is None
+        return " + ".join(terms) + (f" (perceptual: n/a, {self.loss.why_not_perceptual})" if missing else "")
+
+    @property
+    def _has_kl(self) -> bool:
+        return self._config.kl.weight > 0 and not self._decoder_only and self._has_variance
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return the trainable parameters; steps and densities of the rate have a rate of their own."""
+        model = _unwrapped(self.module).rate
+        rate = set() if model is None else {id(p) for p in model.parameters()}
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in rate], "peak_lr": lr}]
+        if rate:
+            ratio = self._config.rate.lr_ratio
+            groups.append({"params": [p for p in trained if id(p) in rate], "peak_lr": lr * ratio, "weight_decay": 0.0})
+        return groups
+
+    def generator_step(self, module: nn.Module, batch: Mapping[str, Any], step: Step) -> Terms:
         """See `train.task.Task.generator_step`."""
         x = batch["image"]
-        x_hat, mean, logvar = module(x, generator)
-        terms: dict[str, torch.Tensor] = self.loss(x, x_hat)
-        terms["kl"] = self._config.loss.kl_weight * kl_per_pixel(mean, logvar, x.shape[-2] * x.shape[-1])
+        if self.adversary is not None:
+            self.adversary.begin(step)
+        draws = self._draw(x, step)
+        with step.autocast():
+            outputs: Outputs = module(x, draws)
+        target = x if draws.transform is None else draws.transform.image(x, self.f)
+        # From here on float32. The leaf takes each term's gradient apart; nothing reaches the networks before backward.
+        leaf = outputs.x_hat.detach().requires_grad_()
+        terms = self.loss(target, leaf)
+        gradients = {name: torch.autograd.grad(term, leaf)[0] for name, term in terms.items()}
+        values: dict[str, torch.Tensor] = {name: term.detach() for name, term in terms.items()}
+        reconstruction = torch.stack(list(values.values())).sum()
+        at_x_hat = torch.stack(list(gradients.values())).sum(0)
+        objective = outputs.x_hat.new_zeros(())
+        if outputs.log_scale is not None:  # the nll of a Laplace-like density of scale exp(s), per value
+            scale = torch.exp(-outputs.log_scale)
+            objective = objective + reconstruction * scale + outputs.log_scale
+            at_x_hat = at_x_hat * scale.detach()
+            values["log_scale"] = outputs.log_scale.detach()
+        total = reconstruction if outputs.log_scale is None else objective.detach()
+        if self.adversary is not None and self.adversary.plays(step):
+            term = self.adversary.generator_term(leaf, step)
+            (gradient,) = torch.autograd.grad(term, leaf)
+            if self._config.adversarial.adaptive:
+                self.adversary.remember(*self._at_last_layer(outputs.x_hat, at_x_hat, gradient))
+            weight = self.adversary.weight(step)
+            at_x_hat = at_x_hat + weight * gradient
+            gradients["adversarial"] = weight * gradient
+            values["adversarial"] = weight * term.detach()
+            total = total + values["adversarial"]
+        objective = objective + (outputs.x_hat * at_x_hat).sum()
+        for name, term in self._latent_terms(outputs, x, draws, step, values).items():
+            if term.requires_grad:
+                if outputs.mean.requires_grad:
+                    (gradient,) = torch.autograd.grad(term, outputs.mean, retain_graph=True, allow_unused=True)
+                    gradients[name] = term.new_zeros(1) if gradient is None else gradient
+                objective = objective + term
+            values[name] = term.detach()
+            total = total + values[name]
+        values |= {f"grad_{name}": gradient.norm() for name, gradient in gradients.items()}
+        return Terms(objective, {"loss": total, **values}, carry=(target, outputs.x_hat.detach()))
+
+    def _at_last_layer(self, x_hat: torch.Tensor, *gradients: torch.Tensor) -> list[torch.Tensor]:
+        """Return the gradients at the decoder's last weight that belong to gradients at x_hat."""
+        weight = self._last_layer.get_parameter("weight")
+        return [torch.autograd.grad(x_hat, weight, gradient, retain_graph=True)[0] for gradient in gradients]
+
+    def _latent_terms(
+        self, outputs: Outputs, x: torch.Tensor, draws: Draws, step: Step, values: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return the weighted terms on the latents, and add what they tell to `values`."""
+        config = self._config
+        terms: dict[str, torch.Tensor] = {}
+        n_pixels, n_positions = x.shape[-2] * x.shape[-1], outputs.mean.shape[-2] * outputs.mean.shape[-1]
+        values["latent_moments"] = latent_moments(outputs.mean)
+        if outputs.logvar is not None:
+            per_channel = kl_nats(outputs.mean, outputs.logvar)
+            per_pixel = per_channel.detach().sum() * n_positions / n_pixels
+            values["kl_nats_per_pixel"], values["kl_bits_per_pixel"] = per_pixel, per_pixel / np.log(2)
+            values["kl_per_channel"] = per_channel.detach()
+            values["active_channels"] = (per_channel.detach() > config.health.active_nats).float().sum()
+            if self._has_kl:
+                ramp = parse_moment(config.kl.ramp)
+                factor = kl_factor(
+                    config.kl.schedule, ramp, config.kl.cycles, config.kl.cycle_ramp, step.images, step.share
+                )
+                terms["kl"] = self._kl_relief * kl_loss(per_channel, config.kl, n_pixels, n_positions, factor)
+        if outputs.bits is not None:
+            assert draws.quality is not None
+            assert draws.coded is not None
+            bpp = outputs.bits / n_pixels
+            values["bpp"] = bpp.detach().mean()
+            terms["rate"] = (draws.coded * price(draws.quality, config.rate) * bpp).mean()
+        if draws.teacher_latents is not None:
+            terms["teacher"] = config.model.teacher_weight * (outputs.mean - draws.teacher_latents).square().mean()
+        if self._alignment is not None and outputs.projected is not None:
+            terms["alignment"] = config.latents.alignment_weight * self._alignment(outputs.mean, outputs.projected, x)
         return terms
 
-    def evaluate(self, module: nn.Module, device: torch.device) -> tuple[dict[str, float], np.ndarray | None]:
-        """Measure mode reconstructions of the held-out images; see `train.task.Task.evaluate`.
+    def _draw(self, x: torch.Tensor, step: Step) -> Draws:
+        """Draw what is random in one forward pass from (seed, position)."""
+        config, seed, at, device = self._config, step.seed, step.positions, x.device
+        height, width = x.shape[-2] // self.f, x.shape[-1] // self.f
+        shape = (self._channels, height, width)
+        per_image = positions_draws.uniform(seed, PER_IMAGE, at, (3,)).to(device)
+        out: dict[str, Any] = {}
+        if self._has_variance:
+            out["posterior"] = positions_draws.normal(seed, POSTERIOR, at, shape).to(device)
+        rate = _unwrapped(self.module).rate
+        if rate is not None:
+            out["uniform"] = positions_draws.uniform(seed, UNIFORM, at, shape).to(device) - 0.5
+            out["quality"] = draw_quality(per_image[:, 0])
+            out["coded"] = per_image[:, 1] < config.rate.probability
+        if config.latents.noise > 0:
+            out["noise"] = positions_draws.normal(seed, LATENT_NOISE, at, shape).to(device)
+            out["noise_deviation"] = per_image[:, 2] * config.latents.noise * self._scale.deviation
+        if config.latents.equivariance > 0:
+            rng = positions_draws.rng(seed, PER_BATCH, at[0])
+            if rng.random() < config.latents.equivariance:
+                out["transform"] = LatentTransform.draw(rng, height, width, self.f, self._smallest_side())
+        if self._teacher is not None:
+            with torch.no_grad(), step.autocast():
+                z = self._teacher.encode(x).mean
+            out["teacher_latents"] = (z - self._teacher.shift_factor) * self._teacher.scaling_factor
+        return Draws(**out)
 
-        Returns:
-            psnr (dB, 8 bit, mean of images), ms_ssim (images with sides > 160 only), kl_bits_per_pixel; and a grid with
-            originals above their reconstructions.
-        """
-        if not self._validation:
-            return {}, None
-        model = KLModel(_network_of(module))
-        rows: list[dict[str, float]] = []
-        columns: list[np.ndarray] = []
-        with torch.inference_mode():
-            side, f = self._config.data.validation_crop, self._config.model.f
-            bad: list[tuple[str, str]] = []
-            for _, image in whole_images(self._validation, side, f, bad):
-                posterior = model.encode(to_float(image)[None].to(device))
-                x_hat = to_uint8(model.decode(posterior.mean)[0])
-                assert posterior.logvar is not None
-                nats = float(kl_per_pixel(posterior.mean, posterior.logvar, image.shape[0] * image.shape[1]))
-                row = {"psnr": psnr(image, x_hat), "kl_bits_per_pixel": nats / float(np.log(2))}
-                similarity = ms_ssim(image, x_hat)
-                rows.append(row if similarity is None else {**row, "ms_ssim": similarity})
-                if len(columns) < _GRID:
-                    columns.append(np.concatenate([image, x_hat]))
-        for key, reason in bad:
-            console.error(f"sample {key}: {reason} (left out of validation)")
-        if not rows:
-            return {}, None
-        names = dict.fromkeys(name for row in rows for name in row)
-        means = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
-        return means, _side_by_side(columns)
+    def critic_step(self, critic: nn.Module, batch: Mapping[str, Any], carry: Any, step: Step) -> Terms | None:
+        """See `train.task.Task.critic_step`: the discriminator on the same images, reconstructions detached."""
+        if self.adversary is None or self.adversary.phase(step) == "reconstruction":
+            return None
+        x, x_hat = carry
+        return self.adversary.critic_terms(critic, x, x_hat, step)
+
+    def after_step(self, values: Values, step: Step, reduce: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
+        """See `train.task.Task.after_step`; adds phase and weights to `values`."""
+        lines: list[str] = []
+        self._scale.update(*values["latent_moments"])
+        if self.adversary is not None:
+            values.update(self.adversary.logged(step))
+            lines += self.adversary.after_step(values, step, reduce)
+        for symptom, text in self._monitor.update(values):
+            done = "nothing is done about it (health.act = false)"
+            if symptom == "exploding adaptive weight":
+                done = "the cap holds; a smaller adversarial.weight or a longer warm-up may help"
+            elif self._config.health.act and symptom == "collapsed discriminator" and self.adversary is not None:
+                self.adversary.rewarm(step)
+                done = "the adversarial weight goes to 0 and the discriminator warms up again"
+            elif self._config.health.act and symptom == "posterior collapse":
+                self._kl_relief = max(_LEAST_KL_RELIEF, self._kl_relief / 2)
+                done = f"the KL's weight is now {self._kl_relief:g} of the recipe's"
+            lines.append(f"{text}; {done}")
+        return lines
+
+    def after_validation(self, metrics: Mapping[str, float], step: Step) -> list[str]:
+        """See `train.task.Task.after_validation`."""
+        if self.adversary is None or "loss" not in metrics:
+            return []
+        return self.adversary.after_validation(metrics["loss"], step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `train.task.Task.state_dict`."""
+        return {
+            "adversary": self.adversary.state_dict() if self.adversary else None,
+            "monitor": self._monitor.state_dict(),
+            "kl_relief": self._kl_relief,
+            "scale": asdict(self._scale),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `train.task.Task.load_state_dict`."""
+        if self.adversary is not None and state["adversary"] is not None:
+            self.adversary.load_state_dict(state["adversary"])
+        self._monitor.load_state_dict(state["monitor"])
+        self._kl_relief = state["kl_relief"]
+        self._scale = LatentScale(**state["scale"])
+
+    def evaluate(
+        self, module: nn.Module, device: torch.device, rank: int, n_ranks: int
+    ) -> tuple[list[dict[str, float]], np.ndarray | None]:
+        """Measure this rank's held-out images; see `train.task.Task.evaluate` and `train.validation.measure`."""
+        samples = share_of(self._validation, rank, n_ranks)
+        return measure(_unwrapped(module), samples, self.loss, self._config.data.validation_crop, device)
 
     def export(self, module: nn.Module, out: Path, record: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        """See `train.task.Task.export`."""
-        return export_model(
-            _network_of(module), out, self._config, self._training, self._validation, record=record, device=device
+        """See `train.task.Task.export`; with a rate model the figures hold the estimated rate beside the real one."""
+        parts = _unwrapped(module)
+        figures = export_model(
+            parts.network,
+            out,
+            self._config,
+            self._training,
+            self._validation,
+            record=record,
+            device=device,
+            step=None if parts.rate is None else parts.rate.step.cpu().numpy(),
+            keep_scaling=self._decoder_only,
+            discriminator=self.critic if self._config.adversarial.export else None,
         )
+        return figures
 
 
-def _network_of(module: nn.Module) -> AutoencoderKL:
+def _unwrapped(module: nn.Module) -> AutoencoderModule:
     assert isinstance(module, AutoencoderModule)
-    return module.network
-
-
-def _side_by_side(columns: Iterable[np.ndarray], gap: int = 4) -> np.ndarray:
-    """Place (H, W, 3) pictures in a row on white, tops aligned."""
-    columns = list(columns)
-    height = max(column.shape[0] for column in columns)
-    padded = [
-        np.pad(column, ((0, height - column.shape[0]), (0, gap), (0, 0)), constant_values=255) for column in columns
-    ]
-    return np.concatenate(padded, axis=1)
+    return module

@@ -45,16 +45,32 @@ def run(
         return Exit.OK
 
     from train.run import run as run_training  # after the config is known to be good: torch takes seconds to import
-    from train.trainer import NonFiniteError
+    from train.trainer import Preempted, TrainingError
 
     try:
         figures = run_training(config)
-    except NonFiniteError as exception:
+    except TrainingError as exception:
         console.error(str(exception))
         return Exit.SOME_FAILED
+    except Preempted:
+        console.stderr.print(f"saved; go on with the same command and run.resume=auto ({config.run.out})")
+        return Exit.OK
     if figures:
         print(f"model: {Path(config.run.out) / 'model'}")
         print(json.dumps(figures, indent=2))
+    return Exit.OK
+
+
+@app.command(epilog="Example: codec-train export runs/first")
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder (its newest checkpoint), or one checkpoint.")
+    ],
+) -> int:
+    """Export a checkpoint of a run that did not reach its end, to RUN/model."""
+    from train.run import export as export_run
+
+    print(json.dumps(export_run(source), indent=2))
     return Exit.OK
 
 

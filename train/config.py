@@ -4,22 +4,31 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from train.checks import require
+from train.loss_config import AdversarialConfig, HealthConfig, KLConfig, LatentConfig, LossConfig, RateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network: a diffusers.AutoencoderKL."""
+    """The network: a diffusers.AutoencoderKL or AutoencoderTiny."""
 
-    family: Literal["kl"] = "kl"
-    """Which class of network; more follow."""
+    family: Literal["kl", "tiny"] = "kl"
+    """kl: AutoencoderKL; tiny: AutoencoderTiny, without variance, norms and attention."""
+    init_from: str = ""
+    """Folder of a diffusers autoencoder to start from; it decides family, widths and so on. Empty = from scratch."""
+    trainable: Literal["auto", "all", "decoder"] = "auto"
+    """decoder: encoder and latents stay as they are; auto: decoder with init_from, else all."""
+    teacher: str = ""
+    """Folder of a diffusers autoencoder whose latents an AutoencoderTiny learns (distillation); empty = none."""
+    teacher_weight: float = 1.0
+    """Weight of the squared error (mean over B, D, h, w) of the latents against the teacher's normalized ones."""
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     """Widths from full resolution down; f = 2^(number of widths - 1)."""
     layers_per_block: int = 2
-    """Residual blocks a level in the encoder; the decoder has one more."""
+    """Residual blocks a level in the encoder; the decoder has one more (kl) or as many (tiny)."""
     latent_channels: int = 4
     """D."""
     norm_num_groups: int = 32
-    """Groups of GroupNorm; must divide every width."""
+    """Groups of GroupNorm; must divide every width (kl)."""
     mid_block_add_attention: bool = True
     """Self-attention over the whole latent grid, in the middle of encoder and decoder."""
     init: Literal["linear", "diffusers"] = "linear"
@@ -28,9 +37,19 @@ class ModelConfig:
     """The two 1x1 convolutions around the latents, as in Stable Diffusion 1 and 2."""
 
     def __post_init__(self) -> None:
+        require(self.teacher_weight >= 0, "model.teacher_weight", self.teacher_weight, ">= 0")
+        require(
+            not self.teacher or self.family == "tiny",
+            "model.teacher",
+            self.teacher,
+            "empty unless model.family is tiny",
+        )
         require(self.norm_num_groups >= 1, "model.norm_num_groups", self.norm_num_groups, ">= 1")
         require(len(self.block_out_channels) >= 1, "model.block_out_channels", self.block_out_channels, "at least one")
-        for width in self.block_out_channels:
+        if self.family == "tiny":
+            same = len(set(self.block_out_channels)) == 1 and self.block_out_channels[0] > 0
+            require(same, "model.block_out_channels", self.block_out_channels, "equal widths (family tiny)")
+        for width in self.block_out_channels if self.family == "kl" else ():
             require(
                 width > 0 and width % self.norm_num_groups == 0,
                 "model.block_out_channels",
@@ -56,10 +75,25 @@ class ModelConfig:
 class DataConfig:
     """What is trained on."""
 
+    mode: Literal["indexed", "streaming"] = "indexed"
+    """indexed: a folder of local or mounted shards, read by offset; order and resume are exact. streaming: webdataset
+    URLs, resampled shards through a shuffle buffer; a resumed run goes on with other random draws."""
     shards: str = ""
-    """Folder written by `codec-train shards`."""
+    """indexed: folder of tar shards (`codec-train shards` writes one; a missing index is built by one scan).
+    streaming: webdataset URLs, e.g. "https://host/{000..127}.tar" or "pipe:...", braces expanded."""
+    local_shards: str = ""
+    """streaming: folder of indexed shards that validation and the export's statistics are taken from."""
+    shuffle_buffer: int = 2000
+    """streaming: samples in the shuffle buffer of each reading process."""
     crop: int = 256
     """Side of the square random crop, pixels; a multiple of f. Smaller images are enlarged to it."""
+    crops: tuple[int, ...] = ()
+    """Sides to draw from, one per batch of a rank (multi-resolution); empty = `crop` always."""
+    random_resize: float = 1.0
+    """Crops are cut up to this many times larger and reduced to size (log-uniform); 1 = never resized."""
+    aspect_buckets: int = 0
+    """indexed: aspect ratios, from 1:2 to 2:1, that images are grouped by; a batch then has one shape of about
+    crop x crop pixels, and its images are resized until they just cover it. 0 = square crops."""
     final_crop: int = 0
     """Side of the crop in the last part of the run, pixels; 0 = `crop` throughout. Small crops give many cheap steps;
     large ones then fit the norms, which look at the whole image, to large images."""
@@ -75,39 +109,35 @@ class DataConfig:
     """Processes that read images, per rank; 0 = read in the training process."""
     cache_mb: float = 0.0
     """Decoded images that each worker keeps in memory, 10^6 bytes: spares small sets their decoding; 0 = none."""
+    max_bad_share: float = 0.01
+    """The run stops when more than this share of the samples read could not be used (and more than 10)."""
 
     def __post_init__(self) -> None:
         require(self.crop >= 8, "data.crop", self.crop, ">= 8")
         require(self.final_crop == 0 or self.final_crop >= 8, "data.final_crop", self.final_crop, "0 or >= 8")
+        require(all(side >= 8 for side in self.crops), "data.crops", self.crops, ">= 8 each")
+        require(not self.crops or self.final_crop == 0, "data.crops", self.crops, "empty with data.final_crop")
+        require(self.random_resize >= 1, "data.random_resize", self.random_resize, ">= 1")
+        require(self.aspect_buckets >= 0, "data.aspect_buckets", self.aspect_buckets, ">= 0")
+        require(
+            self.aspect_buckets == 0 or self.mode == "indexed",
+            "data.aspect_buckets",
+            self.aspect_buckets,
+            "0 with data.mode streaming: the index tells the shapes",
+        )
+        require(
+            self.aspect_buckets == 0 or self.random_resize == 1,
+            "data.random_resize",
+            self.random_resize,
+            "1 with data.aspect_buckets, which decide the size",
+        )
+        require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, ">= 1")
+        require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "0..1")
         require(0 <= self.final_part <= 1, "data.final_part", self.final_part, "0..1")
         require(self.n_validation >= 0, "data.n_validation", self.n_validation, ">= 0")
         require(self.validation_crop >= 8, "data.validation_crop", self.validation_crop, ">= 8")
         require(self.workers >= 0, "data.workers", self.workers, ">= 0")
         require(self.cache_mb >= 0, "data.cache_mb", self.cache_mb, ">= 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """loss = pixel + perceptual_weight * perceptual + ms_ssim_weight * (1 - MS-SSIM) + kl_weight * KL."""
-
-    pixel: Literal["l1", "l2"] = "l1"
-    """Mean over B, C, H, W of |x - x_hat| or of its square, pixels in [-1, 1]."""
-    perceptual: Literal["auto", "sqz10", "lpips-vgg", "lpips-alex", "none"] = "auto"
-    """auto: sqz10 when `features` or its default places hold SqueezeNet 1.0, else none (MS-SSIM takes its place)."""
-    features: str = ""
-    """File or folder of the perceptual backbone; empty = $LATENT_CODEC_FEATURES, then the torch cache."""
-    perceptual_weight: float = 0.15
-    """Weight of the perceptual distance, mean over B."""
-    ms_ssim_weight: float = 0.0
-    """Weight of 1 - MS-SSIM (mean over B)."""
-    fallback_ms_ssim_weight: float = 0.5
-    """Least ms_ssim_weight of a run with perceptual = "auto" that finds no features."""
-    kl_weight: float = 1e-3
-    """Weight of KL(q(z|x) || N(0, I)) in nats per image pixel: sum over D, h, w, divided by H * W, mean over B."""
-
-    def __post_init__(self) -> None:
-        for name in ("perceptual_weight", "ms_ssim_weight", "fallback_ms_ssim_weight", "kl_weight"):
-            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +197,9 @@ class RunConfig:
     """How long, where, and how often."""
 
     out: str = ""
-    """Run folder; must be new or empty."""
+    """Run folder; new or empty, unless the run is resumed."""
+    resume: str = ""
+    """auto: go on from the newest sound checkpoint of `out`, if there is one; a path: from that checkpoint."""
     n_images: int = 1_000_000
     """Length of the run in images seen, over all ranks."""
     time_limit_min: float = 0.0
@@ -175,20 +207,39 @@ class RunConfig:
     counted) if n_images is not reached; 0 = no limit."""
     seed: int = 0
     """Of weights, crops, order and posterior noise."""
-    precision: Literal["bf16", "no"] = "bf16"
-    """bf16 autocast of the networks (weights stay float32), or none."""
+    precision: Literal["bf16", "fp16", "no"] = "bf16"
+    """Autocast of the networks (weights, losses and averages stay float32; fp16 with loss scaling), or none."""
+    compile: bool = False
+    """torch.compile the networks: minutes at the start, faster steps."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, slower."""
+    channels_last: bool = False
+    """Keep the networks' activations channels last: faster for convolutions on most hardware."""
+    max_nonfinite: int = 5
+    """Steps in a row whose loss or gradient is not finite (each is skipped) before the run goes back to the last
+    checkpoint; after three times without progress it stops."""
     log_every: int = 20
     """Steps between lines of log.jsonl."""
     validate_every: int = 50_000
     """Images between validations."""
     checkpoint_every: int = 100_000
     """Images between checkpoints; the end of the run always writes one."""
+    keep_last: int = 2
+    """Checkpoints kept besides the best (by the validation's loss)."""
+    trackers: tuple[str, ...] = ()
+    """Besides log.jsonl: "tensorboard", "wandb"; each needs its package."""
 
     def __post_init__(self) -> None:
         require(self.n_images >= 1, "run.n_images", self.n_images, ">= 1")
         require(self.seed >= 0, "run.seed", self.seed, ">= 0")
         require(self.time_limit_min >= 0, "run.time_limit_min", self.time_limit_min, ">= 0")
-        for name in ("log_every", "validate_every", "checkpoint_every"):
+        require(
+            all(tracker in ("tensorboard", "wandb") for tracker in self.trackers),
+            "run.trackers",
+            self.trackers,
+            "tensorboard, wandb",
+        )
+        for name in ("log_every", "validate_every", "checkpoint_every", "keep_last", "max_nonfinite"):
             require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
 
 
@@ -201,14 +252,30 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    latents: LatentConfig = field(default_factory=LatentConfig)
+    rate: RateConfig = field(default_factory=RateConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for name in ("crop", "final_crop"):
-            side = getattr(self.data, name)
-            require(side % self.model.f == 0, f"data.{name}", side, f"multiples of f = {self.model.f}")
+        if not self.model.init_from:  # a folder's own f is known when it is read
+            for name in ("crop", "final_crop"):
+                side = getattr(self.data, name)
+                require(side % self.model.f == 0, f"data.{name}", side, f"multiples of f = {self.model.f}")
+            for side in self.data.crops:
+                require(side % self.model.f == 0, "data.crops", side, f"multiples of f = {self.model.f}")
+        if self.model.family == "tiny" and not self.model.init_from:
+            require(self.kl.weight == 0, "kl.weight", self.kl.weight, "0 with model.family tiny: it has no variance")
+            require(
+                not self.run.gradient_checkpointing,
+                "run.gradient_checkpointing",
+                True,
+                "false with model.family tiny: diffusers' EncoderTiny then leaves out its scaling of the input",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

@@ -1,27 +1,31 @@
 """Training and validation images out of indexed shards.
 
-    shards + index -> SampleSequence(position k) -> image, crop, mirror -> {"image": (3, S, S) in [-1, 1], "key": str}
+    shards + index -> SampleSequence(position k) -> image -> crop, mirror -> {"image": (3, H, W) in [-1, 1], "key": str}
 
-What stands at position k of a run is a pure function of (seed, k): neither ranks nor workers change the sequence.
+What stands at position k of a run is a pure function of (seed, k): neither ranks nor workers change the sequence, and
+a run is resumed by its position alone. Where the shape of a batch varies it is a function of (seed, k // batch_size).
 """
 
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from codec import images
 from codec.errors import ImageError, UsageError
 from codec.pixels import to_float
 from codec.shards import SampleRef, read_sample
+from train.bad_samples import BadSample, bad_sample
 from train.config import DataConfig
+from train.crops import centre_crop, cover_crop, mirrored, random_crop
+from train.order import bucket_ratios, bucket_shape, epoch_batches, epoch_order, nearest_bucket
 
-_LONGEST = 8  # an image that has to be enlarged is cut to this many times its short side
+_ORDER, _PIECE, _SIDE = 0, 1, 3  # which numbers are drawn with a seed; 2 is the trainer's noise
 _REPLACEMENTS = 16  # unreadable samples in a row at one position before the run gives up
 
 
@@ -38,98 +42,141 @@ def split(samples: Sequence[SampleRef], n_validation: int) -> tuple[list[SampleR
     return [s for s in samples if s.sha256 not in held_out], [s for s in samples if s.sha256 in held_out]
 
 
+def is_final(config: DataConfig, share: float) -> bool:
+    """Whether the crops are `final_crop` when `share` (0..1) of the run is done."""
+    return config.final_crop > 0 and share >= 1 - config.final_part
+
+
 class SampleSequence(Dataset[dict[str, Any]]):
     """The endless sequence of training samples, addressed by position."""
 
-    def __init__(self, samples: Sequence[SampleRef], config: DataConfig, seed: int) -> None:
-        self._samples = list(samples)
-        self._config = config
+    def __init__(
+        self, samples: Sequence[SampleRef], config: DataConfig, seed: int, *, batch_size: int = 1, multiple: int = 1
+    ) -> None:
+        """Lay out the sequence; nothing is read yet.
+
+        Args:
+            samples: what to read, at least one.
+            config: how.
+            seed: of order and crops.
+            batch_size: B of one rank; so many samples from a multiple of it on have one shape. Matters only with
+                `crops` or `aspect_buckets`.
+            multiple: f; sides of the buckets' shapes are multiples of it.
+        """
+        self.config = config
+        self.samples = list(samples)
+        self.batch_size = batch_size
         self._seed = seed
-        self._cache: dict[str, np.ndarray] = {}
+        self._multiple = multiple
+        self._cache: dict[tuple[Path, int], np.ndarray] = {}
         self._cache_bytes = 0
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
-        self._side = config.crop
+        self._sides = config.crops or (config.crop,)
+        self._ratios = bucket_ratios(config.aspect_buckets) if config.aspect_buckets else None
+        self._buckets = nearest_bucket(samples, config.aspect_buckets) if config.aspect_buckets else None
         self._final: SampleSequence | None = None
 
-    def stage(self, fraction: float) -> "SampleSequence":
-        """Return the sequence to read from when `fraction` (0..1) of the run is done: this one, or with final crops."""
-        if self._config.final_crop == 0 or fraction < 1 - self._config.final_part:
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """All (height, width) in pixels that a batch can have."""
+        return sorted({self._shape_of(ratio, side) for side in self._sides for ratio in self._used_ratios()})
+
+    @property
+    def epoch_length(self) -> int:
+        """Positions until every sample was there once; more than samples where buckets fill up their last batches."""
+        if self._buckets is None:
+            return len(self.samples)
+        return epoch_batches(self._buckets, self.batch_size) * self.batch_size
+
+    def stage(self, share: float) -> "SampleSequence":
+        """Return the sequence to read from when `share` (0..1) of the run is done: this one, or with final crops."""
+        if not is_final(self.config, share):
             return self
         if self._final is None:
             self._final = copy.copy(self)  # shares the cache
-            self._final._side = self._config.final_crop
+            self._final._sides = (self.config.final_crop,)
         return self._final
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Return image (3, crop, crop) float32 in [-1, 1], key, and the unreadable samples met on the way.
+        """Return image (3, H, W) float32 in [-1, 1], key, and the `BadSample`s met on the way.
 
         An unreadable sample keeps its position: its replacement is drawn from (seed, position) too.
 
         Raises:
             UsageError: too many unreadable samples in a row.
         """
-        rng = np.random.default_rng((self._seed, 1, position))
-        sample = self._samples[self._index(position)]
-        bad: list[tuple[str, str]] = []
+        rng = np.random.default_rng((self._seed, _PIECE, position))
+        index = self._index(position)
+        height, width = self._shape(position, index)
+        sample = self.samples[index]
+        bad: list[BadSample] = []
         for _ in range(_REPLACEMENTS):
             try:
                 image = self._load(sample)
             except (ImageError, OSError) as exception:
-                bad.append((sample.key, str(exception)))
-                sample = self._samples[int(rng.integers(len(self._samples)))]
+                bad.append(bad_sample(sample.key, sample.name, exception))
+                sample = self.samples[int(rng.integers(len(self.samples)))]
                 continue
-            crop = random_crop(image, self._side, rng)
-            if self._config.flip and rng.random() < 0.5:
-                crop = crop[:, ::-1]
+            if self._buckets is None:
+                crop = random_crop(image, width, rng, self.config.random_resize)
+            else:
+                crop = cover_crop(image, height, width, rng)
+            crop = mirrored(crop, rng) if self.config.flip else crop
             return {"image": to_float(crop), "key": sample.key, "bad": bad}
-        raise UsageError(f"{_REPLACEMENTS} unreadable samples in a row; the first: {bad[0][1]}")
+        raise UsageError(f"{_REPLACEMENTS} unreadable samples in a row; the first: {bad[0].key}: {bad[0].reason}")
+
+    def require_whole_batches(self, batch_size: int, start: int) -> None:
+        """Refuse batches whose samples would not have one shape.
+
+        Raises:
+            UsageError: shapes differ from batch to batch, and these are other batches than the sequence was made for.
+        """
+        shaped = len(self._sides) > 1 or self._buckets is not None
+        if shaped and (batch_size != self.batch_size or start % batch_size):
+            raise UsageError(
+                f"batches of {batch_size} from sample {start} on: expected multiples of {self.batch_size}, because "
+                "data.crops and data.aspect_buckets give each batch a shape; resume with the same optim.batch_size"
+            )
 
     def _load(self, sample: SampleRef) -> np.ndarray:
         """Decode a sample, or take it from the cache, which fills once: in a random order nothing is worth evicting."""
-        image = self._cache.get(sample.key)
+        place = (sample.shard, sample.offset)
+        image = self._cache.get(place)
         if image is None:
-            image = images.load(read_sample(sample), name=f"{sample.shard.name}/{sample.key}")
-            if self._cache_bytes + image.nbytes <= self._config.cache_mb * 1e6:
-                self._cache[sample.key] = image
+            image = images.load(read_sample(sample), name=sample.name)
+            if self._cache_bytes + image.nbytes <= self.config.cache_mb * 1e6:
+                self._cache[place] = image
                 self._cache_bytes += image.nbytes
         return image
 
     def _index(self, position: int) -> int:
         """Every epoch is one random order of all samples."""
-        epoch, place = divmod(position, len(self._samples))
+        epoch, place = divmod(position, self.epoch_length)
         if epoch != self._epoch:
-            self._order = np.random.default_rng((self._seed, 0, epoch)).permutation(len(self._samples))
+            rng = np.random.default_rng((self._seed, _ORDER, epoch))
+            if self._buckets is None:
+                self._order = rng.permutation(len(self.samples))
+            else:
+                self._order = epoch_order(self._buckets, self.batch_size, rng)
             self._epoch = epoch
         return int(self._order[place])
 
+    def _shape(self, position: int, index: int) -> tuple[int, int]:
+        side = self._sides[0]
+        if len(self._sides) > 1:
+            rng = np.random.default_rng((self._seed, _SIDE, position // self.batch_size))
+            side = self._sides[int(rng.integers(len(self._sides)))]
+        bucket = 0 if self._buckets is None else int(self._buckets[index])
+        return self._shape_of(None if self._ratios is None else float(self._ratios[bucket]), side)
 
-def random_crop(image: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut a (side, side, 3) square out of (H, W, 3) uint8; an image smaller than that is enlarged first (Lanczos)."""
-    image = _at_least(image, side)
-    top = int(rng.integers(image.shape[0] - side + 1))
-    left = int(rng.integers(image.shape[1] - side + 1))
-    return image[top : top + side, left : left + side]
+    def _shape_of(self, ratio: float | None, side: int) -> tuple[int, int]:
+        return (side, side) if ratio is None else bucket_shape(ratio, side, self._multiple)
 
-
-def centre_crop(image: np.ndarray, side: int, multiple: int) -> np.ndarray:
-    """Cut the middle of an image: sides at most `side`, multiples of `multiple` (small images are enlarged to one)."""
-    image = _at_least(image, multiple)
-    height, width = (min(side, n) // multiple * multiple for n in image.shape[:2])
-    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-    return image[top : top + height, left : left + width]
-
-
-def _at_least(image: np.ndarray, side: int) -> np.ndarray:
-    height, width = image.shape[:2]
-    if min(height, width) >= side:
-        return image
-    longest = _LONGEST * min(height, width)  # enlarging a hair-thin strip would fill the memory
-    image = image[:longest, :longest]
-    height, width = image.shape[:2]
-    scale = side / min(height, width)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    def _used_ratios(self) -> Sequence[float | None]:
+        if self._ratios is None or self._buckets is None:
+            return [None]
+        return [float(ratio) for ratio in self._ratios[np.unique(self._buckets)]]
 
 
 class _RankBatches(Sampler[list[int]]):
@@ -145,7 +192,8 @@ class _RankBatches(Sampler[list[int]]):
             position += self._batch_size * self._n_ranks
 
 
-def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join samples of one shape to a batch."""
     return {
         "image": torch.stack([sample["image"] for sample in samples]),
         "key": [sample["key"] for sample in samples],
@@ -156,7 +204,7 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def batches(
     sequence: SampleSequence, batch_size: int, workers: int, *, rank: int = 0, n_ranks: int = 1, start: int = 0
 ) -> DataLoader[dict[str, Any]]:
-    """Return an endless loader of {"image": (B, 3, S, S), "key": [...], "bad": [...]} for one rank.
+    """Return an endless loader of {"image": (B, 3, H, W), "key": [...], "bad": [BadSample, ...]} for one rank.
 
     Args:
         sequence: what to read.
@@ -165,15 +213,20 @@ def batches(
         rank: this rank.
         n_ranks: how many there are; the loader must not be sharded a second time.
         start: position of the first sample of the first global batch.
+
+    Raises:
+        UsageError: see `SampleSequence.require_whole_batches`.
     """
+    sequence.require_whole_batches(batch_size, start)
     return DataLoader(
         sequence,
         batch_sampler=_RankBatches(batch_size, rank, n_ranks, start),
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
         multiprocessing_context="spawn" if workers else None,
+        generator=torch.Generator(),  # else each new loader draws from the global one, which a resumed run continues
     )
 
 
@@ -193,10 +246,27 @@ def whole_images(
     """
     for sample in samples:
         try:
-            image = images.load(read_sample(sample), name=f"{sample.shard.name}/{sample.key}")
+            image = images.load(read_sample(sample), name=sample.name)
         except ImageError as exception:
             if bad is None:
                 raise
             bad.append((sample.key, str(exception)))
             continue
         yield sample.key, centre_crop(image, side, multiple)
+
+
+def share_of(samples: Sequence[SampleRef], rank: int, n_ranks: int) -> list[SampleRef]:
+    """Return one rank's part of the samples; all ranks' parts together are every sample once, however many ranks."""
+    return list(samples[rank::n_ranks])
+
+
+def describe_data(sequence: SampleSequence, n_ranks: int) -> str:
+    """Return one line on what a run reads, for its start."""
+    config = sequence.config
+    shards = len({sample.shard for sample in sequence.samples})
+    batches_an_epoch = sequence.epoch_length / (sequence.batch_size * n_ranks)
+    shapes = ", ".join(f"{height} x {width}" for height, width in sequence.shapes)
+    return (
+        f"indexed, {len(sequence.samples)} samples in {shards} shard(s), {n_ranks} rank(s) x {config.workers} "
+        f"worker(s), {batches_an_epoch:.1f} batches of {sequence.batch_size} per rank and epoch, crops {shapes}"
+    )

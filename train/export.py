@@ -1,11 +1,13 @@
 """From trained weights to a model folder: measure, fit, write.
 
     network + training images -> latent statistics -> scaling_factor, shift_factor, mean, step -> entropy tables
-      -> config.json, weights (diffusers) + codec.json, codec.safetensors + README.md
+      -> config.json, weights (diffusers) + codec.json, codec.safetensors + README.md [+ discriminator/]
 
 Everything is measured on training images; the held-out ones only check it.
 """
 
+import inspect
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from codec import console, model_folder, tables
-from codec.errors import UsageError
+from codec.errors import ModelError, UsageError
 from codec.files import write_atomic
-from codec.latent_model import KLModel, LatentModel, decoder_id
+from codec.latent_model import LatentModel, decoder_id, latent_model
 from codec.pixels import to_float
 from codec.runtime import Codec
 from codec.shards import SampleRef
@@ -31,6 +33,7 @@ from eval.metrics import psnr
 from train.card import model_card
 from train.config import Config
 from train.data import whole_images
+from train.networks import keeps_latents
 
 _STATISTICS_SIDE = 1024  # pixels
 _COARSEST_BPP = 0.08  # the rate at q = 0
@@ -39,10 +42,11 @@ _MAX_RATE_LATENTS = 200_000  # positions that the coarsest rate is measured on
 _FP16_LIMIT = 65504 / 4  # an activation beyond this leaves no room for unusual images
 _MAX_RANGE_IMAGES = 16
 _MAX_CHECKED_IMAGES = 8
+_DISCRIMINATOR = "discriminator"  # folder in a model folder
 
 
 def export_model(
-    network: AutoencoderKL,
+    network: nn.Module,
     out: Path,
     config: Config,
     training: Sequence[SampleRef],
@@ -50,17 +54,24 @@ def export_model(
     *,
     record: Mapping[str, Any],
     device: torch.device,
+    step: np.ndarray | None = None,
+    keep_scaling: bool = False,
+    discriminator: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Write the model folder.
 
     Args:
-        network: float32, evaluation mode.
+        network: a diffusers autoencoder that `codec.latent_model` has an adapter for; float32, evaluation mode.
         out: the folder; replaced if it is a model folder already.
         config: the run's recipe.
         training: what statistics and tables are measured on (the first `export.statistics_images` of a fixed shuffle).
         validation: held-out images, for the figures in the card; may be empty.
-        record: see `train.task.Task.export`.
+        record: see `train.task.Task.export`; `record["losses"]` names all losses, the adversarial one too.
         device: where `network` lies.
+        step: (D,) float32, learned steps at q = 0; None = measured, see `coarsest_step`.
+        keep_scaling: leave the network's scaling_factor and shift_factor as they are; when the latents are another
+            model's (`train.networks.keeps_latents`) that is done without asking; else both are measured.
+        discriminator: written too, with its `config`, so that a later run need not start with a cold one.
 
     Returns:
         Figures of the export: standard deviation on held-out images, PSNR by quality, the ids.
@@ -68,21 +79,25 @@ def export_model(
     Raises:
         UsageError: the latents of the training images do not vary: there is nothing to code.
     """
-    model = KLModel(network)
+    model = latent_model(network)
     order = np.random.default_rng(0).permutation(len(training))[: config.export.statistics_images]
     bad: list[tuple[str, str]] = []
-    measured = measure(model, [training[i] for i in order], device, bad)
+    measured = measure(model, [training[i] for i in order], device, bad, step)
     summary, step = measured.summary, measured.step
-    _write_network(network, out, config, summary, measured.largest_activation)
+    keep = keep_scaling or keeps_latents(config.model)
+    _write_network(network, out, config, measured, keep)
+    if discriminator is not None:
+        _write_discriminator(discriminator, out / _DISCRIMINATOR)
+    model = latent_model(network)  # with the new normalisation
     fitted = tables.fit(measured.z, summary.mean.astype(np.float32), step)
     info = {
         "name": config.export.name or Path(config.run.out).resolve().name,
-        "family": config.model.family,
+        "family": model.family,
         "f": model.f,
         "latent_channels": model.channels,
         "decoder_id": decoder_id(network),
-        "scaling_factor": network.config.scaling_factor,
-        "shift_factor": network.config.shift_factor,
+        "scaling_factor": model.scaling_factor,
+        "shift_factor": model.shift_factor,
         "statistics": summary.to_json(),
         "training": {
             "data": f"{len(training)} images of the shard set {Path(config.data.shards).resolve().name}, "
@@ -94,10 +109,28 @@ def export_model(
     figures = _check(Codec.load(out, device), validation, bad) | {"n_bad_samples": len(bad)}
     for key, reason in bad:
         console.error(f"sample {key}: {reason} (left out of the model's statistics)")
-    card = model_card(info, config, summary, figures, measured.largest_activation)
+    card = model_card(
+        info, config, network, summary, figures, largest_activation=measured.largest_activation, kept=keep
+    )
     write_atomic(out / "README.md", card.encode())
     _write_fixture(model, out.parent / "fixture.safetensors", device)
     return figures
+
+
+def load_discriminator_state(folder: Path) -> dict[str, torch.Tensor] | None:
+    """Return the state dict of the discriminator beside a model; None where there is none.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    path = folder / _DISCRIMINATOR / "model.safetensors"
+    if not path.parent.is_dir():
+        return None
+    try:
+        state: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as exception:
+        raise ModelError(f"{path}: not a readable discriminator: {exception}") from exception
+    return state
 
 
 @dataclass(frozen=True)
@@ -118,7 +151,11 @@ class Measured:
 
 
 def measure(
-    model: LatentModel, samples: Sequence[SampleRef], device: torch.device, bad: list[tuple[str, str]]
+    model: LatentModel,
+    samples: Sequence[SampleRef],
+    device: torch.device,
+    bad: list[tuple[str, str]],
+    step: np.ndarray | None = None,
 ) -> Measured:
     """Encode training images, whole, and measure their latents.
 
@@ -127,6 +164,7 @@ def measure(
         samples: the images, in random order.
         device: where the network lies.
         bad: takes (key, reason) of each image that cannot be read, which is left out.
+        step: (D,) float32, steps at q = 0 that are known already; None = measured.
 
     Raises:
         UsageError: no image can be read, or the latents do not vary.
@@ -153,9 +191,13 @@ def measure(
         raise UsageError(f"none of {len(samples)} training images can be read; the first: {bad[0][1]}")
     z = np.concatenate(kept, axis=1)
     summary = statistics.summary()
-    if not summary.global_std > 1e-8:
+    if not summary.std.max() > 1e-8:  # not the global one, which constants that differ by channel would pass
         raise UsageError("the latents of the training images do not vary: the model has collapsed")
-    return Measured(summary, coarsest_step(z, summary, model.f), z, largest)
+    if step is None:
+        step = coarsest_step(z, summary, model.f)
+    assert step.shape == (model.channels,)
+    assert (step > 0).all()
+    return Measured(summary, step.astype(np.float32), z, largest)
 
 
 def coarsest_step(z: np.ndarray, summary: LatentSummary, f: int) -> np.ndarray:
@@ -205,20 +247,38 @@ def _activations(network: nn.Module) -> Iterator[list[float]]:
             handle.remove()
 
 
-def _write_network(
-    network: AutoencoderKL, out: Path, config: Config, summary: LatentSummary, largest_activation: float
-) -> None:
+def _write_network(network: Any, out: Path, config: Config, measured: Measured, keep_scaling: bool) -> None:
     if (out / model_folder.CODEC_JSON).exists():
         shutil.rmtree(out)
-    network.register_to_config(
-        scaling_factor=1.0 / summary.global_std,
-        shift_factor=summary.global_mean,
-        sample_size=max(config.data.crop, config.data.final_crop),
-        force_upcast=largest_activation > _FP16_LIMIT,
-    )
+    settings: dict[str, Any] = {"force_upcast": measured.largest_activation > _FP16_LIMIT}
+    if keep_scaling:
+        settings["shift_factor"] = network.config.shift_factor or 0.0  # pipelines of newer models need a number
+    else:
+        settings["scaling_factor"] = 1.0 / measured.summary.global_std
+        settings["shift_factor"] = measured.summary.global_mean
+        settings["sample_size"] = max(config.data.crop, config.data.final_crop, *config.data.crops, 0)
+    network.register_to_config(**{name: value for name, value in settings.items() if name in network.config})
     network.save_pretrained(out)
-    for path in out.glob("*.safetensors"):  # safetensors may leave it readable by its owner alone
-        path.chmod((out / "config.json").stat().st_mode)
+    # A base leaves the place that it was loaded from, and whatever else stood in its config, in this one.
+    document = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    known = {"_class_name", "_diffusers_version", *inspect.signature(type(network).__init__).parameters}
+    document = {name: value for name, value in document.items() if name in known}
+    write_atomic(out / "config.json", (json.dumps(document, indent=2) + "\n").encode())
+    _readable(out)
+
+
+def _write_discriminator(discriminator: nn.Module, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in discriminator.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    write_atomic(folder / "config.json", (json.dumps(discriminator.config, indent=2) + "\n").encode())
+    _readable(folder)
+
+
+def _readable(folder: Path) -> None:
+    """Give weights the permissions of config.json: safetensors may leave them readable by their owner alone."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / "config.json").stat().st_mode)
 
 
 def _check(codec: Codec, validation: Sequence[SampleRef], bad: list[tuple[str, str]]) -> dict[str, Any]:

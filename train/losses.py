@@ -3,33 +3,100 @@
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from eval.features import Distance, FeaturesError, SqueezeFeatures, find_backbone, load_lpips
-from train.config import LossConfig
+from eval.features import MIN_SIDE, Distance, FeaturesError, SqueezeFeatures, find_backbone, load_lpips
+from train.loss_config import KLConfig, LossConfig
 
+_BCE_RANGE = 1 - 1 / 255  # half a level of 8 bits away from black and white: a finite cost there
 _MS_SSIM_SCALES = 5
 MS_SSIM_MIN_SIDE = 2 * 2 ** (_MS_SSIM_SCALES - 1) + 1  # pixels; five scales with a window of 3
 
 
-def kl_per_pixel(mean: torch.Tensor, logvar: torch.Tensor, n_pixels: int) -> torch.Tensor:
-    """KL(q(z|x) || N(0, I)) in nats per image pixel: sum over D, h, w, divided by H * W, mean over B.
+def kl_nats(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """KL(q(z|x) || N(0, I)) in nats per latent position and channel: mean over B, h, w.
 
     Kingma & Welling 2013, appendix B, arXiv:1312.6114.
 
     Args:
         mean: (B, D, h, w) raw.
         logvar: (B, D, h, w).
-        n_pixels: H * W.
+
+    Returns:
+        (D,) float32.
     """
-    nats = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1.0 - logvar.float())
-    return nats.sum(dim=(1, 2, 3)).mean() / n_pixels
+    mean, logvar = mean.float(), logvar.float()
+    return (0.5 * (mean**2 + logvar.exp() - 1.0 - logvar)).mean((0, 2, 3))
 
 
-def pixel_loss(x: torch.Tensor, x_hat: torch.Tensor, kind: str) -> torch.Tensor:
-    """Mean over B, C, H, W of |x - x_hat| ("l1") or its square ("l2"); pixels in [-1, 1]."""
-    error = x.float() - x_hat.float()
-    return error.abs().mean() if kind == "l1" else error.square().mean()
+def kl_scale(reduction: str, n_pixels: int, n_positions: int, channels: int) -> float:
+    """Return what the KL per position, summed over channels, is multiplied by for a reduction of `kl.reduction`.
+
+    Args:
+        reduction: "pixel" (KL of an image / H * W), "image" (sum over D, h, w) or "element" (mean over D, h, w).
+        n_pixels: H * W.
+        n_positions: h * w.
+        channels: D.
+    """
+    return {"pixel": n_positions / n_pixels, "image": float(n_positions), "element": 1.0 / channels}[reduction]
+
+
+def kl_loss(
+    per_channel: torch.Tensor, config: KLConfig, n_pixels: int, n_positions: int, factor: float
+) -> torch.Tensor:
+    """Return the weighted KL term of a batch, a scalar.
+
+    Args:
+        per_channel: (D,) nats per latent position, of `kl_nats`.
+        config: weight, reduction, schedule, free bits.
+        n_pixels: H * W.
+        n_positions: h * w.
+        factor: of `train.schedules.kl_factor`, 0..1.
+    """
+    if config.free_bits > 0:  # Kingma et al. 2016, arXiv:1606.04934 eq. 15, a channel being a group
+        per_channel = per_channel.clamp(min=config.free_bits)
+    scale = kl_scale(config.reduction, n_pixels, n_positions, per_channel.numel())
+    if config.schedule != "capacity":
+        return config.weight * factor * scale * per_channel.sum()
+    # Burgess et al. 2018, arXiv:1804.03599 eq. 8; C is given per pixel, the sum is per position
+    target = factor * config.capacity * n_pixels / n_positions
+    return config.weight * scale * (per_channel.sum() - target).abs()
+
+
+def kl_weight_in_ldm(config: KLConfig, pixel_weight: float, crop: int, f: int, channels: int) -> float:
+    """Return the weight that gives the same balance in LDM's convention.
+
+    LDM adds w * (KL summed over D, h, w) to the pixel error *summed* over 3 * H * W, both divided by B; here the pixel
+    error is a mean. So w = 3 * H * W * (our factor on that sum) / pixel_weight.
+
+    Args:
+        config: weight and reduction.
+        pixel_weight: of the pixel term.
+        crop: H = W, pixels.
+        f: downsampling factor.
+        channels: D.
+    """
+    n_pixels, n_positions = crop**2, (crop // f) ** 2
+    on_sum = config.weight * kl_scale(config.reduction, n_pixels, n_positions, channels) / n_positions
+    return 3 * n_pixels * on_sum / pixel_weight if pixel_weight > 0 else float("inf")
+
+
+def pixel_loss(x: torch.Tensor, x_hat: torch.Tensor, kind: str, huber_delta: float = 0.1) -> torch.Tensor:
+    """Mean over B, C, H, W of one error per value; pixels in [-1, 1].
+
+    l1: |x - x_hat|; l2: its square; huber: Huber 1964, e^2 / 2 up to `huber_delta`, then delta (e - delta / 2), divided
+    by delta so that large errors cost as in l1; bce: binary cross-entropy in nats of the pixels in [0, 1], plus the
+    distance by which x_hat leaves its range, where the cross-entropy says nothing.
+    """
+    x, x_hat = x.float(), x_hat.float()
+    if kind == "bce":
+        inside = x_hat.clamp(-_BCE_RANGE, _BCE_RANGE)
+        cross_entropy = F.binary_cross_entropy((inside + 1) / 2, (x + 1) / 2)
+        return cross_entropy + (x_hat - inside).abs().mean()
+    if kind == "huber":
+        return F.huber_loss(x_hat, x, delta=huber_delta) / huber_delta
+    return F.l1_loss(x_hat, x) if kind == "l1" else F.mse_loss(x_hat, x)
 
 
 def ms_ssim_loss(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
@@ -77,6 +144,7 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self._config = config
         self.perceptual = build_perceptual(config)
+        self.perceptual_weight = config.perceptual_weight
         looked = config.perceptual == "auto" and config.perceptual_weight > 0
         self.why_not_perceptual = "no features found" if looked else "not asked for"
         self.ms_ssim_weight = config.ms_ssim_weight
@@ -85,9 +153,33 @@ class ReconstructionLoss(nn.Module):
         if self.ms_ssim_weight > 0:
             import pytorch_msssim  # noqa: F401  (missing: found here, before training)
 
+    @property
+    def min_side(self) -> int:
+        """Smallest side of a crop that the terms can take, pixels."""
+        smallest = MIN_SIDE if self.perceptual is not None else 1
+        return max(smallest, MS_SSIM_MIN_SIDE) if self.ms_ssim_weight > 0 else smallest
+
+    def describe(self) -> str:
+        """Return the terms with their weights."""
+        config = self._config
+        terms = [config.pixel if config.pixel_weight == 1 else f"{config.pixel_weight:g} {config.pixel}"]
+        if self.perceptual is not None:
+            terms.append(f"{config.perceptual_weight:g} {self.perceptual.name}")
+        if self.ms_ssim_weight > 0:
+            terms.append(f"{self.ms_ssim_weight:g} (1 - MS-SSIM)")
+        text = " + ".join(terms)
+        return f"({text}) exp(-s) + s, s learned" if config.learned_scale else text
+
     def forward(self, x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the named terms, each a scalar that is already weighted."""
-        terms: dict[str, torch.Tensor] = {self._config.pixel: pixel_loss(x, x_hat, self._config.pixel)}
+        """Return the named terms, each a scalar that is already weighted.
+
+        Args:
+            x: (B, 3, H, W) in [-1, 1].
+            x_hat: the same shape.
+        """
+        config = self._config
+        pixel = pixel_loss(x, x_hat, config.pixel, config.huber_delta)
+        terms: dict[str, torch.Tensor] = {config.pixel: config.pixel_weight * pixel}
         if self.perceptual is not None:
             terms["perceptual"] = self._config.perceptual_weight * self.perceptual(x, x_hat.float()).mean()
         if self.ms_ssim_weight > 0:

@@ -46,6 +46,16 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """Build the config that `Config.to_dict` gave (after a trip through JSON); raises UsageError if it is of another
+    version of this program."""
+    try:
+        config: Config = _build(Config, tree, "")
+    except ValueError as exception:
+        raise UsageError(f"a config of another version: {exception}") from exception
+    return config
+
+
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
     return sorted(
@@ -94,13 +104,15 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         require(value in args, name, value, ", ".join(map(str, args)))
         return value
     if origin is tuple:
-        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
+        if not isinstance(value, list | tuple) or (args[-1] is not Ellipsis and len(value) != len(args)):
             raise ValueError(
                 f"{name} = {value!r}, expected a list of {'numbers' if args[-1] is Ellipsis else len(args)}"
             )
         return tuple(_convert(item, args[0], name) for item in value)
     if hint is float and type(value) is int:
         return float(value)
+    if hint is str and type(value) is int:  # a moment in images
+        return str(value)
     if type(value) is not hint:
         raise ValueError(f"{name} = {value!r}, expected {hint.__name__}")
     return value
@@ -122,5 +134,5 @@ def _nearest(key: str) -> str:
     same = [k for k in known if k.rpartition(".")[2] == name]
     beside = difflib.get_close_matches(key, in_section, n=1, cutoff=0.75)
     anywhere = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    near = [*same, *beside, *anywhere]
-    return f"did you mean {near[0]}?" if near else f"sections are {', '.join(f.name for f in fields(Config))}"
+    near = same or beside or anywhere
+    return f"did you mean {' or '.join(near)}?" if near else f"sections are {', '.join(f.name for f in fields(Config))}"

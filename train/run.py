@@ -1,28 +1,102 @@
 """Puts a run together: config -> shards -> task -> trainer. What a user can get wrong is checked before training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 
+from codec import console
 from codec.errors import UsageError
-from codec.shards import read_index
+from codec.shards import SampleRef, read_index
 from train.autoencoder import AutoencoderTask
+from train.checkpoint import Checkpoints, compare, load
 from train.config import Config
-from train.data import SampleSequence, split
-from train.trainer import Trainer, check_run_folder
+from train.data import split
+from train.feed import Feed
+from train.journal import check_run_folder, check_trackers
+from train.recipe import from_dict
+from train.trainer import Trainer
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train and export; see `Trainer.run`.
 
     Raises:
-        UsageError: no shards, too few images, missing perceptual features, an unusable run folder.
+        UsageError: no shards, too few images, missing perceptual features, an unusable run folder, a checkpoint that
+            does not fit.
     """
+    return prepare(config).run()
+
+
+def prepare(config: Config) -> Trainer:
+    """Build everything and check what can be checked; resumed where the config says so. See `run` for errors."""
     if not config.data.shards:
         raise UsageError("trained on what? Set data.shards=FOLDER (codec-train shards writes one)")
-    training, validation = split(read_index(Path(config.data.shards)), config.data.n_validation)
-    check_run_folder(config.run.out)
-    torch.manual_seed(config.run.seed)
+    check_trackers(config.run.trackers)
+    out = check_run_folder(config.run.out, config.run.resume)
+    state = _state_to_resume(config, out)
+    accelerator = Accelerator(log_with=list(config.run.trackers) or None, project_dir=str(out))
+    if config.run.precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError("run.precision = fp16: on CPUs take bf16 or no")
+    with accelerator.main_process_first():  # which writes an index where there is none
+        training, validation = _samples(config, quiet=not accelerator.is_main_process)
+    set_seed(config.run.seed)
     task = AutoencoderTask(config, training, validation)
-    return Trainer(config, task, SampleSequence(training, config.data, config.run.seed)).run()
+    feed = Feed(config, training, task.f, accelerator.process_index, accelerator.num_processes)
+    task.check_shapes(feed.shapes)
+    trainer = Trainer(config, task, feed, accelerator)
+    if state is not None:
+        trainer.resume(state)
+    return trainer
+
+
+def export(folder: Path) -> dict[str, Any]:
+    """Export the newest checkpoint of a run folder, or one checkpoint, to `model` in the run folder.
+
+    Raises:
+        UsageError: no sound checkpoint; shards or features that the run used are missing.
+    """
+    state = load(folder) if folder.is_file() else (Checkpoints(folder / "checkpoints", 1).newest() or (None, None))[1]
+    if state is None:
+        raise UsageError(f"{folder}: no checkpoint here")
+    config = from_dict(state["config"])
+    training, validation = _samples(config)
+    task = AutoencoderTask(config, training, validation)
+    feed = Feed(config, training, task.f, 0, 1)
+    trainer = Trainer(config, task, feed, Accelerator())
+    trainer.resume(state)
+    return trainer.export()
+
+
+def _samples(config: Config, quiet: bool = False) -> tuple[list[SampleRef], list[SampleRef]]:
+    """Return training samples (in streaming mode: those to measure latents on) and held-out ones."""
+    data = config.data
+    if data.mode == "streaming" and not data.local_shards:
+        raise UsageError("data.mode = streaming: set data.local_shards=FOLDER, for validation and latent statistics")
+    return split(read_index(Path(data.local_shards or data.shards), quiet=quiet), data.n_validation)
+
+
+def _state_to_resume(config: Config, out: Path) -> dict[str, Any] | None:
+    """Load the checkpoint that the run shall go on from, and check that it fits; None for a new run."""
+    resume = config.run.resume
+    if not resume:
+        return None
+    if resume == "auto":
+        found = Checkpoints(out / "checkpoints", config.run.keep_last).newest()
+        if found is None:
+            return None
+        path, state = found
+    else:
+        path, state = Path(resume), load(Path(resume))
+    impossible, other = compare(state["config"], config.to_dict())
+    if impossible:
+        raise UsageError(f"{path}: cannot be resumed with a changed model: {_list(impossible)}")
+    if other:
+        console.error(f"{path}: resumed with a changed recipe: {_list(other)}")
+    return state
+
+
+def _list(texts: Sequence[str]) -> str:
+    return ", ".join(texts)

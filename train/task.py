@@ -1,6 +1,8 @@
-"""What the training loop asks of a task. The loop knows nothing of images, perceptual losses or critics."""
+"""What the training loop asks of a task. The loop knows nothing of images, perceptual losses or discriminators."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,39 +11,126 @@ import torch
 from torch import nn
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Where a run stands when one batch of one rank is computed, and what the loop lends for it.
+
+    Attributes:
+        number: optimizer steps done.
+        images: images seen before this step, over all ranks.
+        share: the part of the run that is done, 0..1.
+        seed: the run's.
+        positions: where the batch's samples stand in the run's sequence; what is random is drawn from (seed, position),
+            so that neither ranks nor accumulation change it.
+        autocast: a context for the networks' forward passes.
+    """
+
+    number: int
+    images: int
+    share: float
+    seed: int
+    positions: range
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one batch gives.
+
+    Attributes:
+        objective: scalar whose backward pass gives the gradients; its value means nothing.
+        values: what to log, scalars or 1-D; means over the batch, so that their mean over ranks is that of all images.
+        carry: handed from the generator's step to the critic's.
+    """
+
+    objective: torch.Tensor
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    carry: Any = None
+
+
+Values = dict[str, Any]
+"""Logged values as plain floats, or lists of them."""
+
+
 class Task(Protocol):
     """One thing that can be trained: the autoencoder now; the conditional head and the prior over codes later.
 
     Attributes:
         module: everything trainable, wrapped by the loop (DDP) and averaged (EMA); its forward does the whole pass.
+        critic: the adversary, wrapped by the loop with an optimizer of its own; None where there is none.
     """
 
     module: nn.Module
+    critic: nn.Module | None
 
     def to(self, device: torch.device) -> None:
-        """Move what is not in `module` (frozen networks of losses) to a device."""
+        """Move what is not in `module` or `critic` (frozen networks of losses) to a device."""
+        ...
+
+    def compile(self) -> None:
+        """torch.compile what gains from it, in place."""
         ...
 
     def describe(self) -> dict[str, str]:
         """Return short facts about the network and the losses, to print when the run starts."""
         ...
 
-    def generator_step(
-        self, module: nn.Module, batch: Mapping[str, Any], generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
-        """Return named, weighted scalar losses; the loop minimises their sum.
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return the trainable parameters of `module` as optimizer groups; a group may have a rate of its own."""
+        ...
+
+    def generator_step(self, module: nn.Module, batch: Mapping[str, Any], step: Step) -> Terms:
+        """Compute one batch.
 
         Args:
             module: `self.module`, wrapped: call it, so that gradients are reduced over ranks.
             batch: what the loader gave, on the device.
-            generator: the random numbers of this step and rank, on the CPU.
+            step: where the run stands.
         """
         ...
 
-    def evaluate(self, module: nn.Module, device: torch.device) -> tuple[dict[str, float], np.ndarray | None]:
-        """Return metrics of the held-out samples under `module` (the averaged weights) and a picture, (H, W, 3) uint8.
+    def critic_step(self, critic: nn.Module, batch: Mapping[str, Any], carry: Any, step: Step) -> Terms | None:
+        """Compute the critic's objective on the same batch; None when it does not train now.
 
-        Every held-out sample counts exactly once. ({}, None) when there are none.
+        Args:
+            critic: `self.critic`, wrapped: call it once.
+            batch: as in `generator_step`.
+            carry: what `generator_step` handed over; nothing of it may lead back into `module`.
+            step: where the run stands.
+        """
+        ...
+
+    def after_step(self, values: Values, step: Step, reduce: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
+        """Take note of a finished optimizer step; called on every rank with equal values.
+
+        Args:
+            values: of the step, averaged over its batches and over ranks.
+            step: as the run stands now, `positions` empty.
+            reduce: averages a tensor over ranks.
+
+        Returns:
+            Lines to print: what changed, what is wrong and what is done about it.
+        """
+        ...
+
+    def after_validation(self, metrics: Mapping[str, float], step: Step) -> list[str]:
+        """Take note of a validation; called on every rank with equal metrics. Returns lines to print."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what else an exact resume needs, as plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        ...
+
+    def evaluate(
+        self, module: nn.Module, device: torch.device, rank: int, n_ranks: int
+    ) -> tuple[list[dict[str, float]], np.ndarray | None]:
+        """Return a row of metrics per held-out sample of this rank, and a picture, (H, W, 3) uint8, or None.
+
+        Over all ranks every held-out sample has exactly one row. "loss" is what the best checkpoint is chosen by.
         """
         ...
 

@@ -1,22 +1,19 @@
 """The training loop: one loop over a `Task`, under Accelerate.
 
-    position -> batch -> task.generator_step -> sum of losses -> backward, clip, finite check, step -> EMA
-             -> log.jsonl / validation / checkpoints -> at the end: export of the averaged weights
+    positions -> batches -> task.generator_step -> backward -+
+                         -> task.critic_step    -> backward -+-> finite check, clip, step -> EMA -> task.after_step
+              -> log / validation / checkpoint -> at the end: export of the averaged weights
 
-A critic step (the discriminator) has its place after the generator's; checkpoints hold what an exact resume needs.
+Everything that decides (whether gradients are finite, phases, signals, time) is equal on all ranks. Where a run stands
+is the number of images seen; what is random is drawn from (seed, position). So a resumed run goes on exactly.
 """
 
+import hashlib
 import json
 import math
-import os
-import shlex
-import signal
-import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +21,31 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.progress import TextColumn
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
-from codec import console, images
-from codec.errors import UsageError
-from codec.files import check_writable, write_atomic
-from eval.environment import commit, hardware, versions
-from train.config import Config, OptimConfig
-from train.data import SampleSequence, batches
-from train.task import Task
+from codec import console
+from train import signals
+from train.averaging import averaged
+from train.checkpoint import Checkpoints, random_state, set_random_state
+from train.config import Config
+from train.feed import Feed
+from train.journal import Journal, environment
+from train.module import force_eager
+from train.precision import Side, autocast
+from train.schedules import learning_rate_factor
+from train.task import Step, Task, Terms, Values
+
+_MAX_ROLLBACKS = 3
 
 
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient is not finite; raised before the optimizer step, with the step and the keys of the batch."""
+class TrainingError(ArithmeticError):
+    """Training cannot go on: losses stay not finite, or ranks have drifted apart."""
+
+
+class Preempted(Exception):
+    """SIGTERM or SIGUSR1 came; the run is saved and can be resumed."""
 
 
 @dataclass
@@ -47,7 +54,7 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        images: images seen, over all ranks.
+        images: images seen, over all ranks; the position in the run's sequence.
         time_s: seconds of training, without validation.
     """
 
@@ -61,292 +68,390 @@ class Progress:
         return min(1.0, max(self.images / n_images, of_time))
 
 
-def learning_rate(config: OptimConfig, images_seen: int, fraction: float) -> float:
-    """Return the learning rate: linear warm-up, then constant or cosine (Loshchilov & Hutter, arXiv:1608.03983)."""
-    warm = min(1.0, images_seen / config.warmup_images) if config.warmup_images else 1.0
-    if config.schedule == "constant":
-        return config.lr * warm
-    low = config.final_lr_ratio
-    return config.lr * warm * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * fraction)))
-
-
-def averaged(module: nn.Module, decay: float) -> AveragedModel:
-    """Return a float32 exponential moving average of a module, decay min(decay, (1 + t) / (10 + t)) at update t."""
-
-    def update(averages: Any, values: Any, count: torch.Tensor | int) -> None:
-        rate = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(list(averages), list(values), rate)
-
-    average = AveragedModel(module, multi_avg_fn=update, use_buffers=True)
-    return average.eval().requires_grad_(False)
-
-
 class Trainer:
     """Runs one recipe to its end."""
 
-    def __init__(self, config: Config, task: Task, sequence: SampleSequence) -> None:
+    def __init__(self, config: Config, task: Task, feed: Feed, accelerator: Accelerator) -> None:
         """Prepare a run.
 
         Args:
             config: the resolved recipe; `run.out` must be set.
             task: what is trained.
-            sequence: the training samples by position.
+            feed: where batches come from.
+            accelerator: without mixed precision of its own: `train.precision` does that.
         """
         self.config = config
         self.task = task
         self.out = Path(config.run.out)
         self.progress = Progress()
-        self.accelerator = Accelerator(
-            mixed_precision=config.run.precision, gradient_accumulation_steps=config.optim.accumulate
-        )
-        self.device = self.accelerator.device
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.feed = feed
         task.to(self.device)
-        # Copied before Accelerate puts autocast around forward: the average is evaluated and exported in float32.
-        self.ema = averaged(task.module.to(self.device), config.optim.ema_decay)
-        self.module = self.accelerator.prepare_model(task.module)
-        self.optimizer = torch.optim.AdamW(
-            self.module.parameters(),
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            weight_decay=config.optim.weight_decay,
-        )
-        self._sequence = sequence
+        task.module.to(self.device)
+        if task.critic is not None:
+            task.critic.to(self.device)
+        self.ema = averaged(task.module, config.optim.ema_decay)
+        if config.run.compile:
+            task.compile()
+        optim, adversarial = config.optim, config.adversarial
+        self.generator = self._side(task.module, task.parameter_groups(optim.lr), optim.betas, optim.weight_decay)
+        self.critic: Side | None = None
+        if task.critic is not None:
+            groups = [{"params": list(task.critic.parameters()), "peak_lr": adversarial.lr or optim.lr}]
+            self.critic = self._side(task.critic, groups, adversarial.betas, 0.0)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", config.run.keep_last)
+        self.journal = Journal(self.out, accelerator, config)
+        self._autocast = autocast(config.run.precision, self.device)
         self._share = 0.0  # the part of the run that is done
-        self._bad: Counter[str] = Counter()
         self._last_validation: dict[str, float] = {}
+        self._best_loss = math.inf
+        self._nonfinite = 0  # steps in a row
+        self._rollbacks = 0  # without a finite step between
 
-    def _batches(self, sequence: SampleSequence) -> Iterator[dict[str, Any]]:
-        """Read on from where the run stands."""
-        loader = batches(  # sharded by rank here and nowhere else: the loader is never given to accelerator.prepare
-            sequence,
-            self.config.optim.batch_size,
-            self.config.data.workers,
-            rank=self.accelerator.process_index,
-            n_ranks=self.accelerator.num_processes,
-            start=self.progress.images,
+    def _side(self, module: nn.Module, groups: list[dict[str, Any]], betas: tuple[float, float], decay: float) -> Side:
+        wrapped = self.accelerator.prepare_model(module)
+        optimizer = torch.optim.AdamW(groups, lr=groups[0]["peak_lr"], betas=betas, weight_decay=decay)
+        return Side(wrapped, optimizer, self.config.optim.clip_norm, self.config.run.precision == "fp16")
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def step(self, batches: Iterator[dict[str, Any]]) -> Values:
+        """Take one optimizer step over `accumulate` batches; return its values, averaged over batches and ranks."""
+        optim, start = self.config.optim, time.perf_counter()
+        factor = learning_rate_factor(
+            optim.schedule, optim.final_lr_ratio, optim.warmup_images, self.progress.images, self._share
         )
-        try:
-            yield from loader
-        except UsageError as exception:  # out of a worker process it comes with that process's traceback in front
-            reason = str(exception).strip().splitlines()[-1]
-            raise UsageError(reason.removeprefix("codec.errors.UsageError: ")) from exception
+        sides = [self.generator] + ([self.critic] if self.critic else [])
+        for side in sides:
+            side.set_rate(factor)
+        collected: list[dict[str, torch.Tensor]] = []
+        keys: list[str] = []
+        critic_steps = False
+        for micro in range(optim.accumulate):
+            batch = next(batches)
+            keys += batch["key"]
+            batch["image"] = batch["image"].to(self.device, non_blocking=True)
+            last = micro == optim.accumulate - 1
+            where = self._where(micro)
+            with self._reduced(self.generator.module, last):
+                terms = self.task.generator_step(self.generator.module, batch, where)
+                self.generator.backward(terms.objective / optim.accumulate)
+            values = terms.values
+            if self.critic is not None:
+                critic_terms = self._critic_step(batch, terms.carry, where, last)
+                if critic_terms is not None:
+                    critic_steps = True
+                    values = values | critic_terms.values
+            collected.append(values)
+        sides = sides if critic_steps else sides[:1]
+        norms = {"gradient_norm": self.generator.finish()}
+        if critic_steps and self.critic is not None:
+            norms["d_gradient_norm"] = self.critic.finish()
+        out = self._averaged(collected, norms)
+        finite = all(math.isfinite(out[name]) for name in norms)
+        for side in sides:
+            side.update(finite)
+        if finite:
+            self._nonfinite = self._rollbacks = 0
+            self.ema.update_parameters(self.task.module)
+        elif not (self.generator.scaler.is_enabled() and math.isfinite(out["loss"])):  # else a scale found too large
+            self._note_nonfinite(out, keys)
+        for line in self.task.after_step(out, self._where(0), self._mean_over_ranks):
+            self._say(line)
+        self.progress.step += 1
+        self.progress.images += self._images_per_step
+        self.progress.time_s += time.perf_counter() - start
+        self._share = self._fraction()
+        return {"lr": self.generator.optimizer.param_groups[0]["lr"], **out}
+
+    def _critic_step(self, batch: dict[str, Any], carry: Any, where: Step, last: bool) -> Terms | None:
+        assert self.critic is not None
+        with self._reduced(self.critic.module, last):
+            terms = self.task.critic_step(self.critic.module, batch, carry, where)
+            if terms is not None:
+                self.critic.backward(terms.objective / self.config.optim.accumulate)
+        return terms
+
+    @property
+    def _images_per_step(self) -> int:
+        ranks: int = self.accelerator.num_processes
+        return self.config.optim.batch_size * self.config.optim.accumulate * ranks
+
+    def _where(self, micro: int) -> Step:
+        """Where this rank's batch number `micro` of the step stands."""
+        size, ranks = self.config.optim.batch_size, self.accelerator.num_processes
+        first = self.progress.images + (micro * ranks + self.accelerator.process_index) * size
+        return Step(
+            number=self.progress.step,
+            images=self.progress.images,
+            share=self._share,
+            seed=self.config.run.seed,
+            positions=range(first, first + size),
+            autocast=self._autocast,
+        )
+
+    def _reduced(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Reduce gradients over ranks once a step, with its last batch."""
+        if last:
+            return nullcontext()
+        held: AbstractContextManager[Any] = self.accelerator.no_sync(module)
+        return held
+
+    def _mean_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return tensor
+        mean: torch.Tensor = self.accelerator.reduce(tensor, reduction="mean")
+        return mean
+
+    def _averaged(self, collected: list[dict[str, torch.Tensor]], norms: dict[str, torch.Tensor]) -> Values:
+        """Average values over batches and ranks, with one transfer from the device; norms are equal on all ranks."""
+        names = list(collected[0])
+        flat = torch.stack([torch.cat([values[name].float().flatten() for name in names]) for values in collected])
+        flat = torch.cat([self._mean_over_ranks(flat.mean(0)), torch.stack(list(norms.values()))])
+        numbers, at = flat.tolist(), 0
+        out: Values = {}
+        for name in names:
+            n = collected[0][name].numel()
+            out[name] = numbers[at : at + n] if collected[0][name].ndim else numbers[at]
+            at += n
+        return out | dict(zip(norms, numbers[at:], strict=True))
+
+    def _note_nonfinite(self, values: Values, keys: list[str]) -> None:
+        """Count a step that was left out; go back to the last checkpoint after too many in a row."""
+        self._nonfinite += 1
+        what = ", ".join(f"{name} = {value:g}" for name, value in values.items() if not _finite(value))
+        text = f"step {self.progress.step}: not finite: {what}; step left out; samples: {' '.join(keys)}"
+        self._say(text)
+        self.journal.line("nonfinite", {**vars(self.progress), "text": text}, self.progress.images)
+        if self._nonfinite < self.config.run.max_nonfinite:
+            return
+        found = self.checkpoints.newest() if self._rollbacks < _MAX_ROLLBACKS else None
+        if found is None:
+            raise TrainingError(f"{text}; {self._nonfinite} in a row, and no checkpoint helps")
+        self._nonfinite = 0
+        self._rollbacks += 1
+        path, state = found
+        self._load_weights(state)  # the position in the data stays: the same samples would do the same again
+        self._say(f"{self.config.run.max_nonfinite} steps in a row were not finite: back to the weights of {path.name}")
+
+    # --- the run ------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Train, validate, checkpoint and export; return what the model folder's export reported.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite.
-            KeyboardInterrupt: after a checkpoint of what was reached.
+            TrainingError: losses or gradients stay not finite, or the ranks' parameters differ.
+            Preempted: after a checkpoint, because of SIGTERM or SIGUSR1.
+            KeyboardInterrupt: after a checkpoint, because of SIGINT.
         """
         config, main = self.config, self.accelerator.is_main_process
-        if main:
-            self._record_start()
-        next_validation, next_checkpoint = config.run.validate_every, config.run.checkpoint_every
+        self._record_start()
         columns = (TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[losses]}"))
         with console.progress(*columns, disable=not main) as bar:
             task = bar.add_task("", total=config.run.n_images, speed="", losses="")
-            sequence = None
-            with _interrupts() as interrupted:
-                while self._share < 1.0 and not interrupted:
-                    if (stage := self._sequence.stage(self._share)) is not sequence:
-                        sequence, iterator = stage, self._batches(stage)
-                    losses = self._step(iterator)
+            stage: bool | None = None
+            batches: Iterator[dict[str, Any]] = iter(())
+            with signals.requests() as request:
+                asked, due = 0, False
+                while self._share < 1.0:
+                    asked = self._agreed(request)
+                    if asked:
+                        break
+                    if (now := self.feed.stage(self._share)) is not stage:
+                        stage, batches = now, self.feed.batches(self._share, self.progress.images)
+                    before = self.progress.images
+                    values = self.step(batches)
                     if self.progress.step % config.run.log_every == 0:
-                        self._log({"lr": self.optimizer.param_groups[0]["lr"], **losses})
+                        self.journal.line("step", {**vars(self.progress), **values}, self.progress.images)
                     seen = self.progress.images
                     bar.update(
                         task,
                         completed=seen,
                         total=max(seen, round(seen / self._share)),  # a time limit ends the run before n_images
                         speed=f"{seen / max(self.progress.time_s, 1e-9):.1f}/s",
-                        losses=_brief(losses),
+                        losses=_brief(values),
                     )
-                    if seen >= next_validation and self._share < 1.0:
-                        next_validation += config.run.validate_every
-                        self._validate(bar)
-                    if seen >= next_checkpoint and self._share < 1.0:
-                        next_checkpoint += config.run.checkpoint_every
+                    ends = self._share >= 1.0
+                    if not ends and _passed(config.run.validate_every, before, seen):
+                        self.validate(bar)
+                    due = due or _passed(config.run.checkpoint_every, before, seen)
+                    if not ends and due and self._nonfinite == 0:  # never of weights that may be the reason
                         self.checkpoint()
+                        due = False
+            if not asked:
+                self.validate(bar)
             self.checkpoint()
-            if interrupted:
-                raise KeyboardInterrupt
-            self._validate(bar)
+        if asked:
+            raise KeyboardInterrupt if asked == signals.INTERRUPT else Preempted
+        self.journal.close()
         self.accelerator.wait_for_everyone()
-        return self._export() if main else {}
+        return self.export() if main else {}
+
+    def _agreed(self, request: signals.Request) -> int:
+        """What the signals ask for, on any rank: all save at the same step."""
+        if self.accelerator.num_processes == 1:
+            return request.kind
+        kinds = self.accelerator.gather(torch.tensor([request.kind], device=self.device))
+        asked: int = kinds.max().item()
+        return asked
 
     def _fraction(self) -> float:
         """Progress of the run; the same on every rank, whose clocks differ."""
         fraction = self.progress.fraction(self.config.run.n_images, 60 * self.config.run.time_limit_min)
         if self.accelerator.num_processes > 1 and self.config.run.time_limit_min > 0:
-            fraction = float(self.accelerator.reduce(torch.tensor(fraction, device=self.device), reduction="mean"))
+            fraction = float(self._mean_over_ranks(torch.tensor(fraction, device=self.device)))
         return fraction
 
-    def _step(self, iterator: Iterator[dict[str, Any]]) -> dict[str, float]:
-        """One optimizer step over `accumulate` batches; returns the mean losses of this rank."""
-        config, start = self.config.optim, time.perf_counter()
-        rate = learning_rate(config, self.progress.images, self._share)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        totals: dict[str, float] = {}
-        keys: list[str] = []
-        for micro in range(config.accumulate):
-            batch = next(iterator)
-            keys += batch["key"]
-            self._count_bad(batch["bad"])
-            batch["image"] = batch["image"].to(self.device, non_blocking=True)
-            generator = torch.Generator().manual_seed(self._noise_seed(micro))
-            last = micro == config.accumulate - 1
-            # Gradients are reduced over ranks once, with the last batch.
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
-                losses = self.task.generator_step(self.module, batch, generator)
-                total = torch.stack(list(losses.values())).sum()
-                self._require_finite(total, losses, keys)
-                self.accelerator.backward(total)  # divides by the number of accumulated batches
-            for name, value in {"loss": total, **losses}.items():
-                totals[name] = totals.get(name, 0.0) + float(value.detach()) / config.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), config.clip_norm or math.inf)
-        self._require_finite(norm, {"gradient norm": norm}, keys)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update_parameters(self.task.module)
-        self.progress.step += 1
-        self.progress.images += config.batch_size * config.accumulate * self.accelerator.num_processes
-        self.progress.time_s += time.perf_counter() - start
-        self._share = self._fraction()
-        return {**totals, "gradient_norm": float(norm)}
-
-    def _noise_seed(self, micro: int) -> int:
-        """A seed that depends on the run's seed, the step, the batch in it and the rank, and on nothing else."""
-        position = (self.progress.step * self.config.optim.accumulate + micro) * self.accelerator.num_processes
-        words = np.random.SeedSequence((self.config.run.seed, 2, position + self.accelerator.process_index))
-        return int(words.generate_state(1, np.uint64)[0] >> 1)
-
-    def _require_finite(self, value: torch.Tensor, parts: Mapping[str, torch.Tensor], keys: list[str]) -> None:
-        if bool(torch.isfinite(value)):
-            return
-        what = ", ".join(f"{name} = {float(part):g}" for name, part in parts.items())
-        raise NonFiniteError(f"step {self.progress.step}: not finite: {what}; samples: {' '.join(keys)}")
-
-    def _count_bad(self, bad: list[tuple[str, str]]) -> None:
-        for key, reason in bad:
-            if not self._bad[key]:
-                console.error(f"sample {key}: {reason} (replaced; listed in {self.out / 'bad_samples.jsonl'})")
-                with (self.out / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "reason": reason, "images": self.progress.images}) + "\n")
-            self._bad[key] += 1
-
-    def _log(self, values: Mapping[str, float], event: str = "step") -> None:
+    def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            line = {"event": event, **vars(self.progress), **values}
-            with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            console.stderr.print(f"{self.progress.images} images: {text}", markup=False, highlight=False)
 
-    def _validate(self, bar: Any) -> None:
-        """Measure the averaged weights on the held-out images, on the main rank; the others wait."""
-        if self.accelerator.is_main_process:
-            metrics, picture = self.task.evaluate(self.ema.module, self.device)
-            if picture is not None:
-                path = self.out / "validation" / f"images-{self.progress.images:09d}.png"
-                write_atomic(path, images.save_png(picture))
-                self._log(metrics, "validation")
-                text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-                bar.console.print(f"{self.progress.images} images: {text}; {path}")
-            self._last_validation = metrics
-        self.accelerator.wait_for_everyone()
+    def validate(self, bar: Any = None) -> dict[str, float]:
+        """Measure averaged and last weights on the held-out samples, each once over all ranks; see `Task.evaluate`."""
+        rank, n_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        rows, picture = self.task.evaluate(self.ema.module, self.device, rank, n_ranks)
+        self.task.module.eval()
+        with force_eager():  # images come in many shapes: not worth compiling for
+            raw_rows, _ = self.task.evaluate(self.task.module, self.device, rank, n_ranks)
+        self.task.module.train()
+        if n_ranks > 1:
+            rows, raw_rows = gather_object(rows), gather_object(raw_rows)
+        metrics = _means(rows) | {f"raw_{name}": value for name, value in _means(raw_rows).items()}
+        if metrics:
+            metrics["n_validated"] = float(len(rows))
+        if picture is not None:
+            path = self.journal.picture(picture, self.progress.images)
+            text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.startswith("raw_"))
+            self._say(f"{text}; {path}")
+        self.journal.line("validation", {**vars(self.progress), **metrics}, self.progress.images)
+        for line in self.task.after_validation(metrics, self._where(0)):
+            self._say(line)
+        self._last_validation = metrics
+        return metrics
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        """Write everything that continues the run to checkpoints/last.pt, whole or not at all."""
-        if not self.accelerator.is_main_process:
-            return
-        folder = self.out / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".last.{os.getpid()}.tmp"
-        try:
-            torch.save(
-                {
-                    "config": self.config.to_dict(),
-                    "progress": vars(self.progress),
-                    "module": self.task.module.state_dict(),
-                    "ema": self.ema.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                },
-                temporary,
-            )
-            temporary.replace(folder / "last.pt")
-        except (OSError, RuntimeError) as exception:  # torch's writer raises RuntimeError on a full disk
-            raise UsageError(f"{folder}: cannot write the checkpoint: {exception}") from exception
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write everything that continues the run, whole or not at all; see `train.checkpoint`.
+
+        Raises:
+            TrainingError: the ranks' parameters differ.
+            UsageError: it cannot be written.
+        """
+        digests = self._digests()
+        if len(set(digests)) > 1:
+            raise TrainingError(f"the ranks have drifted apart at step {self.progress.step}: {' '.join(digests)}")
+        ranks = [{"random": random_state(), "bad": self.feed.bad.state_dict()}]
+        if self.accelerator.num_processes > 1:
+            ranks = gather_object(ranks)
+        loss = self._last_validation.get("loss", math.inf)
+        best = loss < self._best_loss
+        self._best_loss = min(loss, self._best_loss)
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self._state(ranks), self.progress.images, best)
+        self.journal.line("checkpoint", {**vars(self.progress), "parameters": digests}, self.progress.images)
+        self.accelerator.wait_for_everyone()
+
+    def _state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "config": json.loads(json.dumps(self.config.to_dict())),
+            "progress": dict(vars(self.progress)),
+            "module": self.task.module.state_dict(),
+            "ema": self.ema.state_dict(),
+            "generator": self.generator.state_dict(),
+            "critic_module": None if self.task.critic is None else self.task.critic.state_dict(),
+            "critic": None if self.critic is None else self.critic.state_dict(),
+            "task": self.task.state_dict(),
+            "validation": self._last_validation,
+            "best_loss": self._best_loss,
+            "nonfinite": [self._nonfinite, self._rollbacks],
+            "ranks": ranks,
+            "environment": environment(),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state, on every rank."""
+        self._load_weights(state)
+        self.progress = Progress(**state["progress"])
+        self._share = self._fraction()
+        self._last_validation, self._best_loss = state["validation"], state["best_loss"]
+        self._nonfinite, self._rollbacks = state["nonfinite"]
+        if self.accelerator.process_index < len(state["ranks"]):  # with more ranks than before, the new ones start anew
+            own = state["ranks"][self.accelerator.process_index]
+            set_random_state(own["random"])
+            self.feed.bad.load_state_dict(own["bad"])
+
+    def _load_weights(self, state: dict[str, Any]) -> None:
+        self.task.module.load_state_dict(state["module"])
+        self.ema.load_state_dict(state["ema"])
+        self.generator.load_state_dict(state["generator"])
+        if self.critic is not None and self.task.critic is not None:
+            self.task.critic.load_state_dict(state["critic_module"])
+            self.critic.load_state_dict(state["critic"])
+        self.task.load_state_dict(state["task"])
+
+    def _digests(self) -> list[str]:
+        """SHA-256 over each rank's parameters, averages and decisions, 16 hex digits: equal bits on every rank."""
+        sha = hashlib.sha256()
+        for part in (self.task.module, self.task.critic, self.ema):
+            for tensor in [] if part is None else part.state_dict().values():
+                sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        sha.update(json.dumps(self.task.state_dict(), sort_keys=True).encode())
+        digests = [sha.hexdigest()[:16]]
+        return gather_object(digests) if self.accelerator.num_processes > 1 else digests
+
+    # --- start and end ------------------------------------------------------------------------------------------
 
     def _record_start(self) -> None:
-        (self.out / "validation").mkdir(parents=True, exist_ok=True)
-        write_atomic(self.out / "config.json", (json.dumps(self.config.to_dict(), indent=2) + "\n").encode())
-        write_atomic(self.out / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
+        self.journal.start()
+        if self.progress.images:
+            self.journal.line("resume", vars(self.progress), self.progress.images)
+            self._say("resumed")
+        if not self.accelerator.is_main_process:
+            return
         for name, text in self.task.describe().items():
-            console.stderr.print(f"{name}: {text}")
-        ranks = self.accelerator.num_processes
+            console.stderr.print(f"{name}: {text}", markup=False, highlight=False)
+        ranks, optim = self.accelerator.num_processes, self.config.optim
+        console.stderr.print(f"data: {self.feed.describe()}", markup=False, highlight=False)
         console.stderr.print(
             f"run: {self.out}, {ranks} rank(s) on {self.device.type}, precision {self.config.run.precision}, "
-            f"{self.config.optim.batch_size * self.config.optim.accumulate * ranks} images a step"
+            f"{self._images_per_step} images a step ({optim.batch_size} x {optim.accumulate} x {ranks}), "
+            f"lr {optim.lr:g} (never rescaled)",
+            markup=False,
+            highlight=False,
         )
 
-    def _export(self) -> dict[str, Any]:
+    def export(self) -> dict[str, Any]:
+        """Write the averaged weights as a model folder; see `Task.export`."""
         record = {
             "images_seen": self.progress.images,
             "steps": self.progress.step,
             "time_s": round(self.progress.time_s, 1),
             "validation": self._last_validation,
-            "n_bad_samples": sum(self._bad.values()),
+            "n_bad_samples": self.feed.bad.total,
             "losses": self.task.describe()["loss"],
             **{name: value for name, value in environment().items() if name != "command"},  # it holds local paths
         }
         return self.task.export(self.ema.module, self.out / "model", record, self.device)
 
 
-def _brief(losses: Mapping[str, float]) -> str:
+def _passed(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]."""
+    return now // every > before // every
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
+def _brief(values: Values) -> str:
     """The weighted terms, short enough for a progress bar of 80 columns; log.jsonl has them in full."""
-    return " ".join(f"{name[:4]} {losses[name]:.2f}" for name in losses if name not in ("loss", "gradient_norm"))
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect SIGINT instead of raising in the middle of a step; yields a list that is empty until one came.
-
-    A second one raises KeyboardInterrupt at once.
-    """
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield seen
-        return
-
-    def note(number: int, frame: object) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def check_run_folder(out: str) -> Path:
-    """Return the run folder, created and writable.
-
-    Raises:
-        UsageError: none was named, it holds a run already, or it cannot be written.
-    """
-    if not out:
-        raise UsageError("where to? Set run.out=FOLDER")
-    path = Path(out)
-    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-        raise UsageError(f"{path}: not empty; name a new folder for run.out")
-    check_writable(path)
-    return path
-
-
-def environment() -> dict[str, Any]:
-    """Return command, commit, versions and hardware of this run."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"command": command, "commit": commit(), "versions": versions(), "hardware": hardware()}
+    shown = [name for name in ("l1", "l2", "huber", "bce", "perceptual", "ms_ssim", "kl", "rate") if name in values]
+    return " ".join(f"{name[:4]} {values[name]:.2f}" for name in shown) + f" {values.get('phase', '')}"

@@ -4,11 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from codec import images
 from tests.conftest import photo
 from train.cli import main
+from train.recipe import load_recipe
+from train.run import prepare
+from train.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +40,20 @@ def run_folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = [f"data.shards={shards}", f"run.out={out}", "run.validate_every=32", "export.statistics_images=10"]
     assert main(["run", "tiny", *overrides]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights file of a SqueezeNet with random weights: perceptual features without a download."""
+    from torchvision.models import squeezenet1_0
+
+    path = tmp_path_factory.mktemp("features") / "squeezenet1_0-random.pth"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(squeezenet1_0(weights=None).state_dict(), path)
+    return path
+
+
+def tiny_trainer(shards: Path, out: Path, *overrides: str) -> Trainer:
+    """A trainer of the `tiny` recipe as the command builds it, ready for single steps."""
+    return prepare(load_recipe("tiny", [f"data.shards={shards}", f"run.out={out}", *overrides]))

@@ -27,7 +27,7 @@ def test_a_recipe_holds_differences_and_overrides_win(tmp_path: Path) -> None:
     [
         ("[optim]\nlearning_rate = 1e-4", "unknown key optim.learning_rate"),
         ("[optim]\nbatchsize = 4", "did you mean optim.batch_size"),
-        ("[model]\nlr = 1e-3", "did you mean optim.lr"),
+        ("[model]\nlr = 1e-3", "did you mean adversarial.lr or optim.lr"),
         ("[optimizer]\nlr = 1", "unknown key optimizer"),
         ("[optim]\nlr = -1.0", "optim.lr = -1.0, allowed: > 0"),
         ("[optim]\nbetas = [1.0, 0.9]", "0 <= beta < 1"),

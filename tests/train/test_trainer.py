@@ -6,7 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,12 +21,14 @@ from codec import Codec, images, model_folder
 from codec.pixels import to_float
 from codec.shards import read_index
 from eval.metrics import psnr
-from train import config
+from tests.train.conftest import tiny_trainer
 from train.autoencoder import AutoencoderTask
+from train.averaging import averaged
+from train.checkpoint import Checkpoints
 from train.cli import main
-from train.data import SampleSequence, split, whole_images
-from train.recipe import load_recipe
-from train.trainer import Progress, Trainer, averaged, learning_rate
+from train.data import split, whole_images
+from train.schedules import learning_rate_factor
+from train.trainer import Progress, Trainer
 
 
 def log(run: Path, event: str = "step") -> list[dict]:
@@ -33,13 +36,10 @@ def log(run: Path, event: str = "step") -> list[dict]:
     return [line for line in lines if line["event"] == event]
 
 
-def trainer(shards: Path, out: Path, *overrides: str) -> Trainer:
-    out.mkdir(parents=True, exist_ok=True)
-    resolved = load_recipe("tiny", [f"data.shards={shards}", f"run.out={out}", *overrides])
-    training, validation = split(read_index(shards), resolved.data.n_validation)
-    torch.manual_seed(resolved.run.seed)
-    task = AutoencoderTask(resolved, training, validation)
-    return Trainer(resolved, task, SampleSequence(training, resolved.data, resolved.run.seed))
+def last_checkpoint(run: Path) -> dict:
+    found = Checkpoints(run / "checkpoints", 1).newest()
+    assert found is not None
+    return found[1]
 
 
 def test_a_run_leaves_what_it_promises(run_folder: Path) -> None:
@@ -53,46 +53,45 @@ def test_a_run_leaves_what_it_promises(run_folder: Path) -> None:
     assert grid.shape[0] > 100  # originals above reconstructions
     assert json.loads((run_folder / "config.json").read_text())["optim"]["lr"] == 2e-3
     assert json.loads((run_folder / "environment.json").read_text())["versions"]["torch"] == version("torch")
-    checkpoint = torch.load(run_folder / "checkpoints" / "last.pt", weights_only=True)
+    checkpoint = last_checkpoint(run_folder)
     assert checkpoint["progress"]["images"] == 64
-    assert {"module", "ema", "optimizer"} <= set(checkpoint)
+    assert {"module", "ema", "generator", "task", "ranks"} <= set(checkpoint)
 
 
 def test_a_run_changes_to_its_final_crops_and_reads_on_from_where_it_stands(shards: Path, tmp_path: Path) -> None:
-    made = trainer(shards, tmp_path / "r", "data.final_crop=96", "data.final_part=0.25", "run.n_images=32")
+    made = tiny_trainer(shards, tmp_path / "r", "data.final_crop=96", "data.final_part=0.25", "run.n_images=32")
     seen = []
     step = made.task.generator_step
-    made.task.generator_step = lambda module, batch, generator: (
-        seen.append((batch["image"].shape[-1], batch["key"])) or step(module, batch, generator)
+    made.task.generator_step = lambda module, batch, where: (
+        seen.append((batch["image"].shape[-1], batch["key"])) or step(module, batch, where)
     )
     made.run()
     assert [side for side, _ in seen] == [64] * 6 + [96] * 2
     keys = [key for _, batch in seen for key in batch]
-    assert keys == [made._sequence[position]["key"] for position in range(32)]
+    assert keys == [made.feed._sequence[position]["key"] for position in range(32)]
 
 
 def test_training_lowers_the_loss(shards: Path, tmp_path: Path) -> None:
-    made = trainer(shards, tmp_path / "r", "run.n_images=400", "optim.batch_size=8")
-    iterator = made._batches(made._sequence)
-    losses = [made._step(iterator)["loss"] for _ in range(50)]
+    made = tiny_trainer(shards, tmp_path / "r", "run.n_images=400", "optim.batch_size=8")
+    batches = made.feed.batches(0.0, 0)
+    losses = [made.step(batches)["loss"] for _ in range(50)]
     assert np.mean(losses[-5:]) < 0.75 * losses[0]
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32_weights_and_averages(shards: Path, tmp_path: Path) -> None:
-    made = trainer(shards, tmp_path / "r", "run.precision=bf16")
+    made = tiny_trainer(shards, tmp_path / "r", "run.precision=bf16")
     seen = []
     convolution = made.task._network.decoder.conv_out
     convolution.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    made._step(made._batches(made._sequence))
+    made.step(made.feed.batches(0.0, 0))
     assert seen == [torch.bfloat16]
-    assert {p.dtype for p in made.module.parameters()} == {torch.float32}
-    made.task.evaluate(made.ema.module, made.device)
+    assert {p.dtype for p in made.task.module.parameters()} == {torch.float32}
     assert {p.dtype for p in made.ema.parameters()} == {torch.float32}
     averaged_seen = []
     made.ema.module.network.decoder.conv_out.register_forward_hook(
         lambda module, inputs, output: averaged_seen.append(output.dtype)
     )
-    made.task.evaluate(made.ema.module, made.device)
+    made.task.evaluate(made.ema.module, made.device, 0, 1)
     assert set(averaged_seen) == {torch.float32}
 
 
@@ -113,7 +112,7 @@ def test_from_pretrained_in_a_fresh_process_gives_the_trainers_own_reconstructio
 
 
 def test_the_fixture_and_the_model_are_the_averaged_weights(run_folder: Path) -> None:
-    checkpoint = torch.load(run_folder / "checkpoints" / "last.pt", weights_only=True)
+    checkpoint = last_checkpoint(run_folder)
     exported = AutoencoderKL.from_pretrained(run_folder / "model").state_dict()
     same_as_average = [
         torch.equal(exported[k.removeprefix("module.network.")], v)
@@ -197,13 +196,11 @@ def test_accumulating_four_batches_gives_the_gradient_of_a_batch_four_times_larg
     shards: Path, tmp_path: Path
 ) -> None:
     def gradients(n: int, *overrides: str) -> dict[str, torch.Tensor]:
-        made = trainer(shards, tmp_path / str(n), "loss.kl_weight=0", "model.init=diffusers", *overrides)
-        # No posterior noise (batches of other sizes draw other noise): below diffusers' clamp, so without gradient too.
-        made.task._network.encoder.conv_out.bias.data[4:] = -40
+        made = tiny_trainer(shards, tmp_path / str(n), "model.init=diffusers", *overrides)
         found: dict[str, torch.Tensor] = {}
-        parameters = dict(made.module.named_parameters())
-        made.optimizer.step = lambda: found.update({name: p.grad.clone() for name, p in parameters.items()})
-        made._step(made._batches(made._sequence))
+        parameters = dict(made.task.module.named_parameters())
+        made.generator.optimizer.step = lambda: found.update({name: p.grad.clone() for name, p in parameters.items()})
+        made.step(made.feed.batches(0.0, 0))
         assert made.progress.images == 8
         return found
 
@@ -215,14 +212,13 @@ def test_accumulating_four_batches_gives_the_gradient_of_a_batch_four_times_larg
 
 
 def test_the_learning_rate_warms_up_and_follows_half_a_cosine() -> None:
-    optim = config.OptimConfig(lr=1.0, warmup_images=100, final_lr_ratio=0.1)
-    assert learning_rate(optim, 0, 0.0) == 0
-    assert learning_rate(optim, 50, 0.0) == pytest.approx(0.5)
-    assert learning_rate(optim, 100, 0.0) == pytest.approx(1.0)
-    assert learning_rate(optim, 1000, 0.5) == pytest.approx(0.55)
-    assert learning_rate(optim, 1000, 1.0) == pytest.approx(0.1)
-    constant = config.OptimConfig(lr=1.0, warmup_images=0, schedule="constant")
-    assert learning_rate(constant, 10, 0.9) == 1.0
+    cosine = partial(learning_rate_factor, "cosine", 0.1, 100)
+    assert cosine(0, 0.0) == 0
+    assert cosine(50, 0.0) == pytest.approx(0.5)
+    assert cosine(100, 0.0) == pytest.approx(1.0)
+    assert cosine(1000, 0.5) == pytest.approx(0.55)
+    assert cosine(1000, 1.0) == pytest.approx(0.1)
+    assert learning_rate_factor("constant", 0.1, 0, 10, 0.9) == 1.0
 
 
 def test_progress_is_of_images_or_time_whichever_is_further() -> None:
@@ -232,11 +228,11 @@ def test_progress_is_of_images_or_time_whichever_is_further() -> None:
 
 
 def test_the_average_follows_the_weights_of_every_step(shards: Path, tmp_path: Path) -> None:
-    made = trainer(shards, tmp_path / "r", "optim.warmup_images=0")
-    batches = made._batches(made._sequence)
+    made = tiny_trainer(shards, tmp_path / "r", "optim.warmup_images=0")
+    batches = made.feed.batches(0.0, 0)
     weight, expected = made.task._network.decoder.conv_out.weight, None
     for t in range(4):
-        made._step(batches)
+        made.step(batches)
         rate = 1 - min(0.999, (1 + t) / (10 + t))
         now = weight.detach().clone()
         expected = now if expected is None else expected + rate * (now - expected)
@@ -256,29 +252,57 @@ def test_the_average_warms_up() -> None:
         assert float(average.module.weight) == pytest.approx(expected)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_samples(
+def test_a_step_that_is_not_finite_is_left_out_and_named_and_too_many_stop_the_run(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = AutoencoderTask.generator_step
-    seen: list[list[str]] = []
-    weights: list[torch.Tensor] = []
+    keys: list[list[str]] = []
+    poisoned = {2, 3, *range(6, 99)}
 
-    def poisoned(self, module, batch, generator):
-        losses = original(self, module, batch, generator)
-        seen.append(batch["key"])
-        if len(seen) == 3:
-            weights.append(module.network.decoder.conv_out.weight.detach().clone())
-            losses["l1"] = losses["l1"] * float("nan")
-        return losses
+    def step(self, module, batch, where):
+        terms = original(self, module, batch, where)
+        keys.append(batch["key"])
+        factor = float("nan") if where.number in poisoned else 1.0
+        return replace(
+            terms, objective=terms.objective * factor, values=terms.values | {"l1": terms.values["l1"] * factor}
+        )
 
-    monkeypatch.setattr(AutoencoderTask, "generator_step", poisoned)
+    monkeypatch.setattr(AutoencoderTask, "generator_step", step)
     out = tmp_path / "r"
-    assert main(["run", "tiny", f"data.shards={shards}", f"run.out={out}"]) == 1
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")][-1]
+    overrides = [f"data.shards={shards}", f"run.out={out}", "run.checkpoint_every=16", "run.max_nonfinite=3"]
+    assert main(["run", "tiny", *overrides, "run.n_images=400"]) == 1
+    error = capsys.readouterr().err.replace("\n", " ")
     assert "step 2: not finite: " in error
     assert "l1 = nan" in error
-    assert all(key in error for key in seen[2])
+    assert all(key in error for key in keys[2])
+    assert "back to the weights of images-000000020.pt" in error  # due after 16, in the middle of the first trouble
+    assert "in a row, and no checkpoint helps" in error
     assert not (out / "model").exists()
+    lines = [line["step"] for line in log(out, "nonfinite")]
+    assert lines == [2, 3, *range(6, 6 + 4 * 3)]  # three times back, then the end
+    state = last_checkpoint(out)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state["module"].values())
+
+
+def test_after_going_back_a_run_goes_on_with_other_samples(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = AutoencoderTask.generator_step
+    before: dict[int, torch.Tensor] = {}
+
+    def step(self, module, batch, where):
+        before[where.number] = module.network.decoder.conv_out.weight.detach().clone()
+        terms = original(self, module, batch, where)
+        return replace(terms, objective=terms.objective * (float("nan") if where.number in (5, 6) else 1.0))
+
+    monkeypatch.setattr(AutoencoderTask, "generator_step", step)
+    out = tmp_path / "r"
+    overrides = [f"data.shards={shards}", f"run.out={out}", "run.checkpoint_every=8", "run.max_nonfinite=2"]
+    assert main(["run", "tiny", *overrides, "run.n_images=40"]) == 0
+    assert torch.equal(before[7], before[4])  # the checkpoint after 16 images: after steps 0 to 3
+    assert not torch.equal(before[7], before[5])
+    assert not torch.equal(before[8], before[7])
+    assert [line["images"] for line in log(out)] == list(range(4, 41, 4))
 
 
 def test_broken_samples_are_counted_and_listed(shards: Path, tmp_path: Path) -> None:
@@ -288,13 +312,13 @@ def test_broken_samples_are_counted_and_listed(shards: Path, tmp_path: Path) -> 
     data = bytearray(ref.shard.read_bytes())
     data[ref.offset : ref.offset + 40] = bytes(40)
     ref.shard.write_bytes(data)
-    made = trainer(broken, tmp_path / "r")
-    iterator = made._batches(made._sequence)
+    made = tiny_trainer(broken, tmp_path / "r")
+    batches = made.feed.batches(0.0, 0)
     for _ in range(5):
-        made._step(iterator)
+        made.step(batches)
     lines = [json.loads(line) for line in (tmp_path / "r" / "bad_samples.jsonl").read_text().splitlines()]
-    assert [line["key"] for line in lines] == [ref.key]
-    assert made._bad == Counter({ref.key: 2})  # twice in 20 positions of 10 samples
+    assert [(line["key"], line["kind"]) for line in lines] == [(ref.key, "not an image")]
+    assert made.feed.bad.counts == {"not an image": 2}  # twice in 20 positions of 10 samples
 
 
 @pytest.mark.parametrize(
@@ -327,17 +351,17 @@ def test_mistakes_are_found_before_training(
 def test_an_interrupt_keeps_a_checkpoint(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = Trainer._step
+    step = Trainer.step
 
-    def interrupted(self, iterator):
+    def interrupted(self, batches):
         if self.progress.step == 2:
             os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step, which is finished first
-        return step(self, iterator)
+        return step(self, batches)
 
-    monkeypatch.setattr(Trainer, "_step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     out = tmp_path / "r"
     assert main(["run", "tiny", f"data.shards={shards}", f"run.out={out}"]) == 130
-    assert torch.load(out / "checkpoints" / "last.pt", weights_only=True)["progress"]["step"] == 3
+    assert last_checkpoint(out)["progress"]["step"] == 3
     assert not list((out / "checkpoints").glob(".*"))
     assert "interrupted" in capsys.readouterr().err
 

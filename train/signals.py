@@ -1,0 +1,43 @@
+"""Signals that end a run: noted when they come, obeyed after the step."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+SAVE, INTERRUPT = 1, 2
+_SIGNALS = {"SIGTERM": SAVE, "SIGUSR1": SAVE, "SIGINT": INTERRUPT}
+
+
+@dataclass
+class Request:
+    """What the signals so far ask for.
+
+    Attributes:
+        kind: 0 nothing, SAVE (SIGTERM, SIGUSR1: save, exit 0) or INTERRUPT (SIGINT: save, exit 130).
+    """
+
+    kind: int = 0
+
+
+@contextmanager
+def requests() -> Iterator[Request]:
+    """Note SIGTERM, SIGUSR1 and SIGINT while the context is open; a second SIGINT raises KeyboardInterrupt at once."""
+    request = Request()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield request
+        return
+
+    def note(number: int, frame: object) -> None:
+        if number == signal.SIGINT and request.kind == INTERRUPT:
+            raise KeyboardInterrupt
+        request.kind = max(request.kind, _SIGNALS[signal.Signals(number).name])
+
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,95 @@
+"""What an autoencoder does to the held-out images: mode reconstructions, never a sample, in float32."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from codec import console
+from codec.latent_model import latent_model
+from codec.pixels import to_float, to_uint8
+from codec.shards import SampleRef
+from eval.metrics import ms_ssim, psnr
+from train.data import whole_images
+from train.losses import ReconstructionLoss, kl_nats
+from train.module import AutoencoderModule
+from train.rate import RateModel
+
+QUALITIES = (0, 25, 50, 75, 100)  # at which the estimated rate is measured
+_GRID = 6  # pictures in the grid
+
+
+def measure(
+    parts: AutoencoderModule, samples: Sequence[SampleRef], loss: ReconstructionLoss, side: int, device: torch.device
+) -> tuple[list[dict[str, float]], np.ndarray | None]:
+    """Reconstruct images and measure each of them.
+
+    Args:
+        parts: the network and, where there is one, its rate model.
+        samples: what to measure; those that cannot be read are named and left out.
+        loss: the reconstruction terms.
+        side: largest side of the centre crop, pixels.
+        device: where the network lies.
+
+    Returns:
+        Rows of loss (the weighted reconstruction terms), psnr (dB, 8 bit), ms_ssim (sides > 160 only), perceptual
+        (unweighted), kl_bits_per_pixel, and with a rate model bpp_q0 ... bpp_q100: the estimated rate of the rounded
+        latents. And a picture, originals above their reconstructions, or None.
+    """
+    model = latent_model(parts.network)
+    rows: list[dict[str, float]] = []
+    columns: list[np.ndarray] = []
+    bad: list[tuple[str, str]] = []
+    with torch.inference_mode():
+        for _, image in whole_images(samples, side, model.f, bad):
+            x = to_float(image)[None].to(device)
+            posterior = model.encode(x)
+            decoded = model.decode(posterior.mean).float()
+            x_hat = to_uint8(decoded[0])
+            row = {"psnr": psnr(image, x_hat), **_losses(loss, x, decoded)}
+            if posterior.logvar is not None:
+                nats = kl_nats(posterior.mean, posterior.logvar).sum() / model.f**2
+                row["kl_bits_per_pixel"] = float(nats) / float(np.log(2))
+            if parts.rate is not None:
+                row |= {f"bpp_q{q}": estimated_bpp(parts.rate, posterior.mean, model.f, q) for q in QUALITIES}
+            similarity = ms_ssim(image, x_hat)
+            rows.append(row if similarity is None else {**row, "ms_ssim": similarity})
+            if len(columns) < _GRID:
+                columns.append(np.concatenate([image, x_hat]))
+    for key, reason in bad:
+        console.error(f"sample {key}: {reason} (left out of validation)")
+    return rows, _side_by_side(columns) if columns else None
+
+
+def _losses(loss: ReconstructionLoss, x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, float]:
+    if min(x.shape[-2:]) < loss.min_side:
+        return {}
+    terms = loss(x, x_hat)
+    out = {"loss": float(torch.stack(list(terms.values())).sum())}
+    if "perceptual" in terms:
+        out["perceptual"] = float(terms["perceptual"]) / loss.perceptual_weight
+    return out
+
+
+def estimated_bpp(rate: RateModel, z: torch.Tensor, f: int, quality: float, mean: torch.Tensor | None = None) -> float:
+    """Return the estimated bits per pixel of raw latents (1, D, h, w), rounded as the codec rounds them.
+
+    Args:
+        rate: steps and densities.
+        z: raw latents.
+        f: downsampling factor.
+        quality: 0..100.
+        mean: (D,) where index 0 lies; None = the mean of the density.
+    """
+    at = torch.full((1,), float(quality), device=z.device)
+    rounded = rate.quantised(z, at, mean)
+    return float(rate.bits(rounded, at)) / (z.shape[-2] * z.shape[-1] * f**2)
+
+
+def _side_by_side(columns: Sequence[np.ndarray], gap: int = 4) -> np.ndarray:
+    """Place (H, W, 3) pictures in a row on white, tops aligned."""
+    height = max(column.shape[0] for column in columns)
+    padded = [
+        np.pad(column, ((0, height - column.shape[0]), (0, gap), (0, 0)), constant_values=255) for column in columns
+    ]
+    return np.concatenate(padded, axis=1)
