@@ -37,7 +37,7 @@ from train.networks import build_network, check_teacher, checkpoint_activations,
 from train.rate import RateModel, draw_quality, price
 from train.schedules import kl_factor, parse_moment
 from train.task import Step, Terms, Values
-from train.validation import measure
+from train.validation import estimated_rates, measure
 
 _LEAST_KL_RELIEF = 1 / 64
 _RATE_IMAGES = 16  # that a rate model's first steps and densities are fitted to
@@ -384,6 +384,10 @@ class AutoencoderTask:
             keep_scaling=self._decoder_only,
             discriminator=self.critic if self._config.adversarial.export else None,
         )
+        if parts.rate is not None and "by_quality" in figures:
+            checked = self._validation[: figures["n_checked"]]
+            for quality, bpp in estimated_rates(parts, checked, out, figures["by_quality"], device).items():
+                figures["by_quality"][quality]["estimated_bpp"] = bpp
         return figures
 
 

@@ -35,7 +35,7 @@ from train.config import Config
 from train.data import whole_images
 from train.networks import keeps_latents
 
-_STATISTICS_SIDE = 1024  # pixels
+STATISTICS_SIDE = 1024  # pixels
 _COARSEST_BPP = 0.08  # the rate at q = 0
 _MAX_TABLE_LATENTS = 1_000_000  # positions per channel that tables are fitted to
 _MAX_RATE_LATENTS = 200_000  # positions that the coarsest rate is measured on
@@ -174,7 +174,7 @@ def measure(
     per_image = max(1, _MAX_TABLE_LATENTS // len(samples))
     kept: list[np.ndarray] = []
     largest = 0.0
-    for n, (_, image) in enumerate(whole_images(samples, _STATISTICS_SIDE, model.f, bad)):
+    for n, (_, image) in enumerate(whole_images(samples, STATISTICS_SIDE, model.f, bad)):
         x = to_float(image)[None].to(device)
         with torch.inference_mode():
             if n < _MAX_RANGE_IMAGES:
@@ -291,7 +291,7 @@ def _check(codec: Codec, validation: Sequence[SampleRef], bad: list[tuple[str, s
     rows: dict[int, list[tuple[float, float]]] = {quality: [] for quality in qualities}
     ceiling = []
     n_held_out = 0
-    for _, image in whole_images(validation, _STATISTICS_SIDE, codec.model.f, bad):
+    for _, image in whole_images(validation, STATISTICS_SIDE, codec.model.f, bad):
         n_held_out += 1
         with torch.inference_mode():
             statistics.update(codec.model.encode(to_float(image)[None].to(codec.device)))

@@ -1,16 +1,18 @@
 """What an autoencoder does to the held-out images: mode reconstructions, never a sample, in float32."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from codec import console
+from codec import console, model_folder
 from codec.latent_model import latent_model
 from codec.pixels import to_float, to_uint8
 from codec.shards import SampleRef
 from eval.metrics import ms_ssim, psnr
 from train.data import whole_images
+from train.export import STATISTICS_SIDE
 from train.losses import ReconstructionLoss, kl_nats
 from train.module import AutoencoderModule
 from train.rate import RateModel
@@ -84,6 +86,30 @@ def estimated_bpp(rate: RateModel, z: torch.Tensor, f: int, quality: float, mean
     at = torch.full((1,), float(quality), device=z.device)
     rounded = rate.quantised(z, at, mean)
     return float(rate.bits(rounded, at)) / (z.shape[-2] * z.shape[-1] * f**2)
+
+
+def estimated_rates(
+    parts: AutoencoderModule, samples: Sequence[SampleRef], folder: Path, qualities: Iterable[int], device: torch.device
+) -> dict[int, float]:
+    """Return the estimated bits per pixel of whole images at each quality, mean over the images.
+
+    Args:
+        parts: network and rate model.
+        samples: the images that the model folder's real rates were measured on.
+        folder: the exported model, for its mean.
+        qualities: 0..100.
+        device: where the network lies.
+    """
+    model = latent_model(parts.network)
+    mean = torch.from_numpy(model_folder.read(folder).mean)
+    found: dict[int, list[float]] = {quality: [] for quality in qualities}
+    assert parts.rate is not None
+    with torch.inference_mode():
+        for _, image in whole_images(samples, STATISTICS_SIDE, model.f, bad=[]):
+            z = model.encode(to_float(image)[None].to(device)).mean
+            for quality, rates in found.items():
+                rates.append(estimated_bpp(parts.rate, z, model.f, quality, mean))
+    return {quality: float(np.mean(rates)) for quality, rates in found.items()}
 
 
 def _side_by_side(columns: Sequence[np.ndarray], gap: int = 4) -> np.ndarray:

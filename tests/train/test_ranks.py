@@ -133,3 +133,27 @@ def test_a_signal_to_one_rank_stops_all_of_them_after_a_checkpoint(shards: Path,
     assert done.returncode == 0, done.stderr
     assert state_of(out)["progress"]["step"] == 3
     assert not (out / "model").exists()
+
+
+@pytest.mark.slow
+def test_two_machines_through_accelerate_launch_equal_two_ranks_on_one(
+    shards: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "r"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    machines = []
+    for rank in (0, 1):
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2"]
+        launcher += ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        arguments = [sys.executable, *launcher, "-m", "train", *command(shards, out, 2)]
+        machines.append(subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL))
+    assert [machine.wait(timeout=240) for machine in machines] == [0, 0]
+    ends = [log(folder, "checkpoint")[-1]["parameters"] for folder in (out, two_ranks)]
+    assert len(set(ends[0])) == 1
+    assert ends[0] == ends[1]
