@@ -42,7 +42,7 @@ class SampleRef:
         return f"{self.shard}/{self.key}.{self.ext}"
 
 
-def read_index(folder: Path, *, quiet: bool = False) -> list[SampleRef]:
+def read_index(folder: Path, *, quiet: bool = False, max_bad_share: float = 1.0) -> list[SampleRef]:
     """List all samples of a shard folder, in the order of shards and samples.
 
     A folder of tar files without a manifest is scanned once, from end to end, see `codec.shard_scan`. Where several
@@ -51,14 +51,16 @@ def read_index(folder: Path, *, quiet: bool = False) -> list[SampleRef]:
     Args:
         folder: holds the shards.
         quiet: print nothing; else images of a scanned folder that cannot be used are said on stderr.
+        max_bad_share: of the images of a scanned folder, the largest share that may be unusable (ten always may).
 
     Raises:
-        UsageError: the folder is missing, holds no shards or no image, is incomplete or damaged; says what to run.
+        UsageError: the folder is missing, holds no shards, no image or too many bad ones, is incomplete or damaged;
+            says what to run.
     """
     command = f"codec-train shards SRC... -o {folder}"
     if not (folder / MANIFEST).is_file():
         if tars := list_shards(folder):
-            return _scanned(folder, tars, quiet)
+            return _scanned(folder, tars, quiet, max_bad_share)
         what = "no shards here" if folder.is_dir() else "no such folder"
         raise UsageError(f"{folder}: {what} (neither {MANIFEST} nor *.tar); make them: {command}")
     manifest = read_json(folder / MANIFEST)
@@ -75,8 +77,16 @@ def read_index(folder: Path, *, quiet: bool = False) -> list[SampleRef]:
     return refs
 
 
-def _scanned(folder: Path, tars: Sequence[Path], quiet: bool) -> list[SampleRef]:
-    refs = [ref for found in scan_shards(tars, quiet=quiet) for ref in _refs(folder, found)]
+def _scanned(folder: Path, tars: Sequence[Path], quiet: bool, max_bad_share: float) -> list[SampleRef]:
+    scans = list(scan_shards(tars, quiet=quiet))
+    refs = [ref for found in scans for ref in _refs(folder, found)]
+    bad = [reason for found in scans for reason in found["bad"]]
+    if len(bad) > max(10, max_bad_share * (len(refs) + len(bad))):
+        key, reason = bad[0]
+        raise UsageError(
+            f"{folder}: {len(bad)} of {len(refs) + len(bad)} images cannot be used, more than a share of "
+            f"{max_bad_share:g}; the first: {key}: {reason}"
+        )
     if not refs:
         raise UsageError(f"{folder}: no readable image in any of the {len(tars)} tar files")
     return refs

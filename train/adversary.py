@@ -35,6 +35,7 @@ class Adversary:
     Attributes:
         discriminator: the network; the loop wraps and optimises it.
         started: (images, share of the run) where its warm-up began; None before.
+        warm: the same where the warm-up ended.
         ratio: the last adaptive ratio, not capped; None until one was measured.
     """
 
@@ -42,6 +43,7 @@ class Adversary:
         self._config = config
         self.discriminator = discriminator
         self.started: tuple[int, float] | None = None
+        self.warm: tuple[int, float] | None = None
         self.ratio: float | None = None
         self._anchors = (0.0, 0.0)  # LeCAM's moving averages of the mean logits: real, fake
         self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this step's batches, at the last layer
@@ -49,17 +51,18 @@ class Adversary:
         self._stale = 0
 
     def begin(self, step: Step) -> None:
-        """Start the warm-up if its moment has come; called before a step's first batch, and harmless before others."""
-        start = self._config.start
-        if self.started is None and start != "auto" and parse_moment(start).passed(step.images, step.share) >= 1:
-            self.started = (step.images, step.share)
+        """Start or end the warm-up if its moment has come; called before each batch, acts at the first of a step."""
+        start, here = self._config.start, (step.images, step.share)
+        if self.started is None and start != "auto" and parse_moment(start).passed(*here) >= 1:
+            self.started = here
+        if self.started is not None and self.warm is None and _since(self.started, self._config.warmup, step) >= 1:
+            self.warm = here
 
     def phase(self, step: Step) -> Phase:
         """Return the phase of a step."""
         if self.started is None:
             return "reconstruction"
-        images, share = self._since_start(step)
-        if parse_moment(self._config.warmup).passed(images, share) < 1:
+        if self.warm is None:
             return "warmup"
         return "ramp" if self._ramp(step) < 1 else "adversarial"
 
@@ -77,14 +80,9 @@ class Adversary:
             ratio = 0.0 if self.ratio is None else min(self.ratio, self._config.adaptive_cap)
         return self._config.weight * self._ramp(step) * ratio
 
-    def _since_start(self, step: Step) -> tuple[float, float]:
-        assert self.started is not None
-        return step.images - self.started[0], step.share - self.started[1]
-
     def _ramp(self, step: Step) -> float:
-        images, share = self._since_start(step)
-        warmup, ramp = parse_moment(self._config.warmup), parse_moment(self._config.ramp)
-        return ramp.passed(images - warmup.images, share - warmup.share)
+        assert self.warm is not None
+        return _since(self.warm, self._config.ramp, step)
 
     def generator_term(self, x_hat: torch.Tensor, step: Step) -> torch.Tensor:
         """Return the unweighted adversarial loss of reconstructions; the discriminator itself stays untouched."""
@@ -106,9 +104,10 @@ class Adversary:
             step: where the run stands.
         """
         config = self._config
-        fake_images = round_to_8_bit(x_hat) if config.round_fakes else x_hat
+        if config.round_fakes:  # the images too: those that were shrunken with their latents have left the 256 values
+            x, x_hat = round_to_8_bit(x), round_to_8_bit(x_hat)
         with step.autocast():  # one forward for both: one reduction of gradients, and no batch sees itself alone
-            logits = critic(torch.cat([x, fake_images])).float()
+            logits = critic(torch.cat([x, x_hat])).float()
         real, fake = logits.chunk(2)
         loss = discriminator_loss(real, fake, config.loss)
         objective = loss
@@ -143,7 +142,8 @@ class Adversary:
                 decay * self._anchors[0] + (1 - decay) * values["d_real"],
                 decay * self._anchors[1] + (1 - decay) * values["d_fake"],
             )
-        return ["the discriminator's warm-up starts"] if self.started == (step.images, step.share) else []
+        by_recipe = self._config.start != "auto" and self.started == (step.images, step.share)
+        return ["the discriminator's warm-up starts"] if by_recipe else []
 
     def after_validation(self, loss: float, step: Step) -> list[str]:
         """Start the warm-up when the validation's loss no longer falls (start = "auto")."""
@@ -161,7 +161,11 @@ class Adversary:
 
     def rewarm(self, step: Step) -> None:
         """Go back to the warm-up: the adversarial weight falls to 0 and grows again."""
-        self.started = (step.images, step.share)
+        self.started, self.warm = (step.images, step.share), None
+
+    def discard(self) -> None:
+        """Forget what this step's batches gave; the step is left out."""
+        self._gradients.clear()
 
     def logged(self, step: Step) -> dict[str, float | str]:
         """Return phase and weights for the log; ratio raw and capped."""
@@ -174,6 +178,7 @@ class Adversary:
         """Return what an exact resume needs besides the discriminator's weights."""
         return {
             "started": self.started,
+            "warm": self.warm,
             "ratio": self.ratio,
             "anchors": self._anchors,
             "best_loss": self._best_loss,
@@ -183,9 +188,15 @@ class Adversary:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.started = None if state["started"] is None else (state["started"][0], state["started"][1])
+        self.warm = None if state["warm"] is None else (state["warm"][0], state["warm"][1])
         self.ratio = state["ratio"]
         self._anchors = (state["anchors"][0], state["anchors"][1])
         self._best_loss, self._stale = state["best_loss"], state["stale"]
+
+
+def _since(moment: tuple[int, float], length: str, step: Step) -> float:
+    """The part of a length that has passed since a moment, 0..1."""
+    return parse_moment(length).passed(step.images - moment[0], step.share - moment[1])
 
 
 @contextmanager

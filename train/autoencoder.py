@@ -40,6 +40,7 @@ from train.task import Step, Terms, Values
 from train.validation import estimated_rates, measure
 
 _LEAST_KL_RELIEF = 1 / 64
+_HEADROOM = 2.0**14
 _RATE_IMAGES = 16  # that a rate model's first steps and densities are fitted to
 
 
@@ -64,6 +65,10 @@ class AutoencoderTask:
         self._teacher: LatentModel | None = None
         if config.model.teacher:
             self._teacher = latent_model(load_teacher(Path(config.model.teacher)))
+            if model.family != "tiny":
+                raise UsageError(
+                    f"model.teacher: {config.model.init_from} is no AutoencoderTiny; only those are students"
+                )
             check_teacher(self._teacher, model)
         if config.run.gradient_checkpointing:
             checkpoint_activations(network)
@@ -92,7 +97,7 @@ class AutoencoderTask:
         """Build steps and densities, fitted to what the encoder makes of a few training images now."""
         rate = RateModel(self._channels, self._config.rate.components)
         with torch.no_grad():
-            side = self._config.data.crop
+            side = max(self._config.data.sides)
             pieces = [image for _, image in whole_images(self._training[:_RATE_IMAGES], side, self.f, bad=[])]
             found = [model.encode(to_float(image)[None]).mean.flatten(2) for image in pieces]
         if found:
@@ -104,9 +109,10 @@ class AutoencoderTask:
         base = self._config.model.init_from
         state = load_discriminator_state(Path(base)) if base else None
         if state is not None:  # released with the model: spares a cold start
-            try:
+            shapes = {name: tensor.shape for name, tensor in discriminator.state_dict().items()}
+            if {name: tensor.shape for name, tensor in state.items()} == shapes:
                 discriminator.load_state_dict(state)
-            except RuntimeError:
+            else:
                 console.error(f"{base}/discriminator: of another shape than [adversarial] says; starting cold")
         if self._config.run.channels_last:
             discriminator.to(memory_format=torch.channels_last)
@@ -122,6 +128,10 @@ class AutoencoderTask:
                 )
             if height % self.f or width % self.f:
                 raise UsageError(f"data.crop: crops of {height} x {width}, expected multiples of f = {self.f}")
+        side = self._config.data.validation_crop
+        if side < max(self.f, self.loss.min_side):
+            least = max(self.f, self.loss.min_side)
+            raise UsageError(f"data.validation_crop = {side}: this recipe's losses need at least {least} pixels")
 
     def _smallest_side(self) -> int:
         discriminator = self.adversary.discriminator.min_side if self.adversary else 1
@@ -160,7 +170,7 @@ class AutoencoderTask:
             network += f", from {Path(config.model.init_from).resolve().name}"
         out = {"network": network, "loss": self._describe_losses()}
         if self._has_kl:
-            ldm = kl_weight_in_ldm(config.kl, config.loss.pixel_weight, config.data.crop, self.f, self._channels)
+            ldm = kl_weight_in_ldm(config.kl, config.loss.pixel_weight, max(config.data.sides), self.f, self._channels)
             out["kl"] = (
                 f"weight {config.kl.weight:g} per {config.kl.reduction}, {config.kl.schedule}; {ldm:.3g} in LDM's "
                 "convention (sums over pixels and latents)"
@@ -251,7 +261,8 @@ class AutoencoderTask:
     def _at_last_layer(self, x_hat: torch.Tensor, *gradients: torch.Tensor) -> list[torch.Tensor]:
         """Return the gradients at the decoder's last weight that belong to gradients at x_hat."""
         weight = self._last_layer.get_parameter("weight")
-        return [torch.autograd.grad(x_hat, weight, gradient, retain_graph=True)[0] for gradient in gradients]
+        # Only their ratio counts: enlarged, so that fp16 can hold what is left of a mean over many pixels.
+        return [torch.autograd.grad(x_hat, weight, _HEADROOM * g, retain_graph=True)[0] for g in gradients]
 
     def _latent_terms(
         self, outputs: Outputs, x: torch.Tensor, draws: Draws, step: Step, values: dict[str, torch.Tensor]
@@ -327,17 +338,22 @@ class AutoencoderTask:
             values.update(self.adversary.logged(step))
             lines += self.adversary.after_step(values, step, reduce)
         for symptom, text in self._monitor.update(values):
-            done = "nothing is done about it (health.act = false)"
+            done = "nothing is done about it"
             if symptom == "exploding adaptive weight":
                 done = "the cap holds; a smaller adversarial.weight or a longer warm-up may help"
             elif self._config.health.act and symptom == "collapsed discriminator" and self.adversary is not None:
                 self.adversary.rewarm(step)
                 done = "the adversarial weight goes to 0 and the discriminator warms up again"
-            elif self._config.health.act and symptom == "posterior collapse":
+            elif self._config.health.act and symptom == "posterior collapse" and self._has_kl:
                 self._kl_relief = max(_LEAST_KL_RELIEF, self._kl_relief / 2)
                 done = f"the KL's weight is now {self._kl_relief:g} of the recipe's"
             lines.append(f"{text}; {done}")
         return lines
+
+    def discard_step(self) -> None:
+        """See `train.task.Task.discard_step`."""
+        if self.adversary is not None:
+            self.adversary.discard()
 
     def after_validation(self, metrics: Mapping[str, float], step: Step) -> list[str]:
         """See `train.task.Task.after_validation`."""

@@ -96,7 +96,6 @@ class BadSamples:
             images: images seen in the run so far, for the list.
 
         Raises:
-            TooManyBadError: too many so far, see the class; this batch is counted and listed already.
             OSError: the list cannot be written.
         """
         self._n_read += n_good + len(bad)
@@ -107,9 +106,17 @@ class BadSamples:
                 error(f"sample {key}: {reason} (replaced; listed in {self._path})")
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": key, "kind": kind, "reason": reason, "images": images}) + "\n")
-        if bad and self.total > max(_ALWAYS_ALLOWED, self._max_share * self._n_read):
+
+    def require_few(self, total: float, n_read: float) -> None:
+        """Raise TooManyBadError when too many samples could not be used.
+
+        Args:
+            total: bad samples of all ranks, so that they stop together.
+            n_read: samples read by all ranks.
+        """
+        if round(total) > max(_ALWAYS_ALLOWED, self._max_share * n_read):
             raise TooManyBadError(
-                f"{self.total} of {self._n_read} samples could not be used ({self._by_kind()}), more than "
+                f"{total:.0f} of {n_read:.0f} samples could not be used (of this rank: {self._by_kind()}), more than "
                 f"data.max_bad_share = {self._max_share:g} allows; they are listed in {self._path}"
             )
 

@@ -54,21 +54,38 @@ class Checkpoints:
             raise UsageError(f"{self.folder}: cannot write the checkpoint: {exception}") from exception
         finally:
             temporary.unlink(missing_ok=True)
-        for old in self.all()[: -self._keep_last]:
+        for old in [*self.all()[: -self._keep_last], *self.folder.glob(".*.tmp")]:  # tmp: left by a kill in a save
             old.unlink(missing_ok=True)
         return path
+
+    def set_aside(self, after: int) -> list[Path]:
+        """Rename the checkpoints of more images than `after`, of a branch that the run does not go on with."""
+        aside = []
+        for path in self.all():
+            if int(path.stem.removeprefix("images-")) > after:
+                aside.append(path.rename(path.with_name(f"aside-{path.name}")))
+        return aside
 
     def all(self) -> list[Path]:
         """Return the checkpoints by images seen, oldest first."""
         return sorted(path for path in self.folder.glob("images-*.pt") if _NAME.fullmatch(path.name))
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest sound checkpoint and what it holds; damaged ones are named and passed over."""
-        for path in reversed(self.all()):
+        """Return the newest sound checkpoint and what it holds, None where there are none at all.
+
+        Damaged ones are named and passed over.
+
+        Raises:
+            UsageError: there are some, and none is sound.
+        """
+        found = self.all()
+        for path in reversed(found):
             try:
                 return path, load(path)
             except UsageError as exception:
                 console.error(f"{exception}; trying the one before")
+        if found:
+            raise UsageError(f"{self.folder}: none of the {len(found)} checkpoints is sound; name another run.out")
         return None
 
 
@@ -129,7 +146,12 @@ _SHAPING = (
     "loss.learned_scale", "latents.alignment",
 )  # fmt: skip
 _PRESENCE = ("adversarial.weight", "rate.probability", "latents.alignment_weight")  # on or off
-_FREE = ("run.", "data.workers", "data.cache_mb", "export.")  # change nothing that a resumed run computes
+# What changes nothing that a resumed run computes, besides where it ends.
+_FREE = (
+    "run.out", "run.resume", "run.log_every", "run.validate_every", "run.checkpoint_every", "run.keep_last",
+    "run.trackers", "run.n_images", "run.time_limit_min", "run.max_nonfinite", "data.workers", "data.cache_mb",
+    "export.",
+)  # fmt: skip
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -112,6 +112,11 @@ class DataConfig:
     max_bad_share: float = 0.01
     """The run stops when more than this share of the samples read could not be used (and more than 10)."""
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """All sides of crops that a run takes, pixels (with aspect buckets: of squares of the same area)."""
+        return (*(self.crops or (self.crop,)), *([self.final_crop] if self.final_crop else []))
+
     def __post_init__(self) -> None:
         require(self.crop >= 8, "data.crop", self.crop, ">= 8")
         require(self.final_crop == 0 or self.final_crop >= 8, "data.final_crop", self.final_crop, "0 or >= 8")
@@ -157,7 +162,7 @@ class OptimConfig:
     warmup_images: int = 2000
     """Images over which the learning rate grows linearly from 0."""
     clip_norm: float = 1.0
-    """Largest global gradient norm; 0 = no clipping."""
+    """Largest gradient norm of a group of parameters (network; steps and densities; discriminator); 0 = no clipping."""
     batch_size: int = 16
     """Images per forward pass and rank."""
     accumulate: int = 1
@@ -231,7 +236,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.n_images >= 1, "run.n_images", self.n_images, ">= 1")
-        require(self.seed >= 0, "run.seed", self.seed, ">= 0")
+        require(0 <= self.seed < 2**32, "run.seed", self.seed, "0..2^32 - 1")
         require(self.time_limit_min >= 0, "run.time_limit_min", self.time_limit_min, ">= 0")
         require(
             all(tracker in ("tensorboard", "wandb") for tracker in self.trackers),
@@ -268,6 +273,7 @@ class Config:
                 require(side % self.model.f == 0, f"data.{name}", side, f"multiples of f = {self.model.f}")
             for side in self.data.crops:
                 require(side % self.model.f == 0, "data.crops", side, f"multiples of f = {self.model.f}")
+        self._check_across()
         if self.model.family == "tiny" and not self.model.init_from:
             require(self.kl.weight == 0, "kl.weight", self.kl.weight, "0 with model.family tiny: it has no variance")
             require(
@@ -276,6 +282,16 @@ class Config:
                 True,
                 "false with model.family tiny: diffusers' EncoderTiny then leaves out its scaling of the input",
             )
+
+    def _check_across(self) -> None:
+        model, adversarial = self.model, self.adversarial
+        if model.teacher:
+            require(self.rate.probability == 0, "rate.probability", self.rate.probability, "0 with model.teacher")
+            require(model.trainable != "decoder", "model.trainable", model.trainable, "all or auto with model.teacher")
+        if adversarial.weight > 0 and adversarial.start == "auto":
+            require(self.data.n_validation > 0, "data.n_validation", 0, '> 0 with adversarial.start = "auto"')
+            every, whole = self.run.validate_every, self.run.n_images
+            require(every < whole, "run.validate_every", every, f"< run.n_images = {whole} with adversarial.start auto")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

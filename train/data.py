@@ -24,6 +24,7 @@ from train.bad_samples import BadSample, bad_sample
 from train.config import DataConfig
 from train.crops import centre_crop, cover_crop, mirrored, random_crop
 from train.order import bucket_ratios, bucket_shape, epoch_batches, epoch_order, nearest_bucket
+from train.signals import leave_to_the_run
 
 _ORDER, _PIECE, _SIDE = 0, 1, 3  # which numbers are drawn with a seed; 2 is the trainer's noise
 _REPLACEMENTS = 16  # unreadable samples in a row at one position before the run gives up
@@ -69,7 +70,7 @@ class SampleSequence(Dataset[dict[str, Any]]):
         self._seed = seed
         self._multiple = multiple
         self._cache: dict[tuple[Path, int], np.ndarray] = {}
-        self._cache_bytes = 0
+        self._cached_bytes = [0]  # a list: shared by copies, as the cache is
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
         self._sides = config.crops or (config.crop,)
@@ -145,9 +146,9 @@ class SampleSequence(Dataset[dict[str, Any]]):
         image = self._cache.get(place)
         if image is None:
             image = images.load(read_sample(sample), name=sample.name)
-            if self._cache_bytes + image.nbytes <= self.config.cache_mb * 1e6:
+            if self._cached_bytes[0] + image.nbytes <= self.config.cache_mb * 1e6:
                 self._cache[place] = image
-                self._cache_bytes += image.nbytes
+                self._cached_bytes[0] += image.nbytes
         return image
 
     def _index(self, position: int) -> int:
@@ -226,6 +227,7 @@ def batches(
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=leave_to_the_run,
         generator=torch.Generator(),  # else each new loader draws from the global one, which a resumed run continues
     )
 

@@ -100,8 +100,7 @@ def export_model(
         "shift_factor": model.shift_factor,
         "statistics": summary.to_json(),
         "training": {
-            "data": f"{len(training)} images of the shard set {Path(config.data.shards).resolve().name}, "
-            f"{len(validation)} more held out",
+            "data": _describe_data(config, len(training), len(validation)),
             **record,
         },
     }
@@ -115,6 +114,14 @@ def export_model(
     write_atomic(out / "README.md", card.encode())
     _write_fixture(model, out.parent / "fixture.safetensors", device)
     return figures
+
+
+def _describe_data(config: Config, n_training: int, n_validation: int) -> str:
+    """Say what was trained on; of a stream no address, which may hold a secret."""
+    name = Path(config.data.local_shards or config.data.shards).resolve().name
+    if config.data.mode == "streaming":
+        return f"a stream of shards; measured on {n_training} images of the shard set {name}, {n_validation} held out"
+    return f"{n_training} images of the shard set {name}, {n_validation} more held out"
 
 
 def load_discriminator_state(folder: Path) -> dict[str, torch.Tensor] | None:
@@ -256,7 +263,7 @@ def _write_network(network: Any, out: Path, config: Config, measured: Measured, 
     else:
         settings["scaling_factor"] = 1.0 / measured.summary.global_std
         settings["shift_factor"] = measured.summary.global_mean
-        settings["sample_size"] = max(config.data.crop, config.data.final_crop, *config.data.crops, 0)
+        settings["sample_size"] = max(config.data.sides)
     network.register_to_config(**{name: value for name, value in settings.items() if name in network.config})
     network.save_pretrained(out)
     # A base leaves the place that it was loaded from, and whatever else stood in its config, in this one.

@@ -1,4 +1,4 @@
-"""Where a run's batches come from, whatever the mode: positions in, batches out, bad samples counted on the way."""
+"""Where a run's batches come from, whatever the mode: positions in, batches out."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ class Feed:
     """The batches of one rank.
 
     Attributes:
-        bad: what could not be read.
+        bad: what could not be read; counted when a batch is trained on.
     """
 
     def __init__(self, config: Config, samples: Sequence[SampleRef], f: int, rank: int, n_ranks: int) -> None:
@@ -51,7 +51,7 @@ class Feed:
         if self._sequence is not None:
             final = self._sequence.stage(1.0)
             return [*self._sequence.shapes, *final.shapes]
-        return [(side, side) for side in (*(data.crops or (data.crop,)), data.final_crop) if side]
+        return [(side, side) for side in data.sides]
 
     def describe(self) -> str:
         """Return one line on shards, samples, ranks and workers."""
@@ -69,15 +69,8 @@ class Feed:
             start: images seen, over all ranks.
 
         Raises:
-            UsageError: too many samples cannot be read.
+            UsageError: nothing can be read any more.
         """
-        images = start
-        for batch in self._read(share, start):
-            self.bad.add(batch["bad"], len(batch["key"]), images)
-            images += self._config.optim.batch_size * self._n_ranks
-            yield batch
-
-    def _read(self, share: float, start: int) -> Iterator[dict[str, Any]]:
         data, size = self._config.data, self._config.optim.batch_size
         where = {"rank": self._rank, "n_ranks": self._n_ranks, "start": start}
         try:

@@ -60,7 +60,8 @@ class KLConfig:
     capacity: float = 0.0
     """C at the end of the ramp, nats per image pixel (capacity)."""
     free_bits: float = 0.0
-    """KL in nats per latent position that each channel has for free (mean over B, h, w; Kingma et al. 2016)."""
+    """KL in nats per latent position that each channel has for free (Kingma et al. 2016). It and capacity act on
+    the mean over one batch of one rank: with them, accumulating is not quite one larger batch."""
 
     def __post_init__(self) -> None:
         for name in ("weight", "capacity", "free_bits"):

@@ -38,7 +38,8 @@ def build_network(config: ModelConfig) -> nn.Module:
 
 def decoder_only(config: ModelConfig) -> bool:
     """Whether the encoder stays as it is: `model.trainable`, resolved."""
-    return config.trainable == "decoder" or (config.trainable == "auto" and config.init_from != "")
+    chosen = config.init_from != "" and config.teacher == ""  # a student learns its encoder too
+    return config.trainable == "decoder" or (config.trainable == "auto" and chosen)
 
 
 def keeps_latents(config: ModelConfig) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_SETTINGS = ("peak_lr", "betas", "weight_decay")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,19 +63,25 @@ class Side:
 
     def update(self, finite: bool) -> None:
         """Take the optimizer's step, or leave it out where the gradients are not finite; then drop the gradients."""
-        if finite or self.scaler.is_enabled():  # the scaler leaves it out by itself, and lowers the scale
+        if finite:
             self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.update()  # lowers the scale where this side's gradients were not finite
         self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def scale_is_exhausted(self) -> bool:
+        """Whether gradients that are not finite can no longer be the fault of a loss scale that is too large."""
+        return not self.scaler.is_enabled() or self.scaler.get_scale() < 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of optimizer and scaler."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`; the learning rates' peaks stay those of the recipe."""
-        peaks = [group["peak_lr"] for group in self.optimizer.param_groups]
+        """Go on from `state_dict`; what the recipe sets stays as it says now."""
+        settings = [{name: group[name] for name in _SETTINGS} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
-            group["peak_lr"] = peak
-        self.scaler.load_state_dict(state["scaler"])
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        if self.scaler.is_enabled() and state["scaler"]:  # empty when the run before took no fp16
+            self.scaler.load_state_dict(state["scaler"])

@@ -1,23 +1,27 @@
 """Puts a run together: config -> shards -> task -> trainer. What a user can get wrong is checked before training."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 
 from codec import console
 from codec.errors import UsageError
 from codec.shards import SampleRef, read_index
 from train.autoencoder import AutoencoderTask
+from train.averaging import averaged
 from train.checkpoint import Checkpoints, compare, load
 from train.config import Config
 from train.data import split
 from train.feed import Feed
 from train.journal import check_run_folder, check_trackers
 from train.recipe import from_dict
-from train.trainer import Trainer
+from train.trainer import Progress, Trainer, run_record
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -37,7 +41,7 @@ def prepare(config: Config) -> Trainer:
     check_trackers(config.run.trackers)
     out = check_run_folder(config.run.out, config.run.resume)
     state = _state_to_resume(config, out)
-    accelerator = Accelerator(log_with=list(config.run.trackers) or None, project_dir=str(out))
+    accelerator = _accelerator(log_with=list(config.run.trackers) or None, project_dir=str(out))
     if config.run.precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("run.precision = fp16: on CPUs take bf16 or no")
     with accelerator.main_process_first():  # which writes an index where there is none
@@ -49,6 +53,9 @@ def prepare(config: Config) -> Trainer:
     trainer = Trainer(config, task, feed, accelerator)
     if state is not None:
         trainer.resume(state)
+        if accelerator.is_main_process:
+            for path in trainer.checkpoints.set_aside(trainer.progress.images):
+                console.error(f"{path}: set aside, a checkpoint of a branch that this run does not go on with")
     return trainer
 
 
@@ -58,16 +65,32 @@ def export(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: no sound checkpoint; shards or features that the run used are missing.
     """
-    state = load(folder) if folder.is_file() else (Checkpoints(folder / "checkpoints", 1).newest() or (None, None))[1]
-    if state is None:
+    checkpoints = folder.parent if folder.is_file() else folder / "checkpoints"
+    found = (folder, load(folder)) if folder.is_file() else Checkpoints(checkpoints, 1).newest()
+    if found is None:
         raise UsageError(f"{folder}: no checkpoint here")
+    _, state = found
     config = from_dict(state["config"])
-    training, validation = _samples(config)
-    task = AutoencoderTask(config, training, validation)
-    feed = Feed(config, training, task.f, 0, 1)
-    trainer = Trainer(config, task, feed, Accelerator())
-    trainer.resume(state)
-    return trainer.export()
+    config = replace(config, run=replace(config.run, out=str(checkpoints.parent)))  # the folder may have moved
+    task = AutoencoderTask(config, *_samples(config))
+    average = averaged(task.module, config.optim.ema_decay)
+    average.load_state_dict(state["ema"])
+    if task.critic is not None:
+        task.critic.load_state_dict(state["critic_module"])
+    n_bad = sum(sum(rank["bad"]["counts"].values()) for rank in state["ranks"])
+    record = run_record(Progress(**state["progress"]), state["validation"], n_bad, task)
+    return task.export(average.module, checkpoints.parent / "model", record, torch.device("cpu"))
+
+
+def _accelerator(**settings: Any) -> Accelerator:
+    """Precision and compilation are the recipe's, whatever `accelerate launch` or its config file says."""
+    # The first rank may scan a large set for its index while the others wait.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(mixed_precision="no", dynamo_backend="no", kwargs_handlers=[patience], **settings)
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UsageError(f"{kind}: not supported; launch with --multi_gpu (data parallel), or one process")
+    return accelerator
 
 
 def _samples(config: Config, quiet: bool = False) -> tuple[list[SampleRef], list[SampleRef]]:
@@ -75,7 +98,10 @@ def _samples(config: Config, quiet: bool = False) -> tuple[list[SampleRef], list
     data = config.data
     if data.mode == "streaming" and not data.local_shards:
         raise UsageError("data.mode = streaming: set data.local_shards=FOLDER, for validation and latent statistics")
-    return split(read_index(Path(data.local_shards or data.shards), quiet=quiet), data.n_validation)
+    return split(
+        read_index(Path(data.local_shards or data.shards), quiet=quiet, max_bad_share=data.max_bad_share),
+        data.n_validation,
+    )
 
 
 def _state_to_resume(config: Config, out: Path) -> dict[str, Any] | None:

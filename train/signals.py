@@ -21,6 +21,16 @@ class Request:
     kind: int = 0
 
 
+def leave_to_the_run(worker: int) -> None:
+    """Make a reading process deaf to the signals: they often go to the whole process group, and the run obeys them.
+
+    A handler, not SIG_IGN, which programs started by the worker (pipe: URLs) would inherit.
+    """
+    for name in _SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, frame: None)
+
+
 @contextmanager
 def requests() -> Iterator[Request]:
     """Note SIGTERM, SIGUSR1 and SIGINT while the context is open; a second SIGINT raises KeyboardInterrupt at once."""

@@ -35,6 +35,7 @@ from train.bad_samples import BadSample, bad_sample, bad_shard
 from train.config import DataConfig
 from train.crops import mirrored, random_crop
 from train.data import collate
+from train.signals import leave_to_the_run
 
 _STREAM = 4  # what is drawn with the run's seed; `train.data` has other numbers
 _FIRST_SHUFFLED = (
@@ -89,6 +90,7 @@ def stream_batches(
         collate_fn=collate,
         prefetch_factor=4 if config.workers else None,
         multiprocessing_context="spawn" if config.workers else None,
+        worker_init_fn=leave_to_the_run,
         generator=torch.Generator(),  # else it draws from the global one
     )
     return iter(loader)

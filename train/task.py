@@ -105,12 +105,16 @@ class Task(Protocol):
 
         Args:
             values: of the step, averaged over its batches and over ranks.
-            step: as the run stands now, `positions` empty.
+            step: where the run stood when it was taken, with the positions of the first batch.
             reduce: averages a tensor over ranks.
 
         Returns:
             Lines to print: what changed, what is wrong and what is done about it.
         """
+        ...
+
+    def discard_step(self) -> None:
+        """Forget what this step's batches gave: it was not finite and is left out; `after_step` is not called."""
         ...
 
     def after_validation(self, metrics: Mapping[str, float], step: Step) -> list[str]:

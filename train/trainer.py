@@ -21,21 +21,23 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from rich.progress import TextColumn
 from torch import nn
 
 from codec import console
+from codec.errors import UsageError
 from train import signals
 from train.averaging import averaged
+from train.bad_samples import TooManyBadError
 from train.checkpoint import Checkpoints, random_state, set_random_state
 from train.config import Config
 from train.feed import Feed
 from train.journal import Journal, environment
 from train.module import force_eager
 from train.precision import Side, autocast
+from train.ranks import Ranks
 from train.schedules import learning_rate_factor
-from train.task import Step, Task, Terms, Values
+from train.task import Step, Task, Values
 
 _MAX_ROLLBACKS = 3
 
@@ -85,6 +87,7 @@ class Trainer:
         self.out = Path(config.run.out)
         self.progress = Progress()
         self.accelerator = accelerator
+        self.ranks = Ranks(accelerator)
         self.device = accelerator.device
         self.feed = feed
         task.to(self.device)
@@ -104,7 +107,9 @@ class Trainer:
         self.journal = Journal(self.out, accelerator, config)
         self._autocast = autocast(config.run.precision, self.device)
         self._share = 0.0  # the part of the run that is done
+        self._bad = (0.0, 0.0)  # samples of all ranks that could not be used, and that were read
         self._last_validation: dict[str, float] = {}
+        self._validated_at = -1  # images seen at the last validation
         self._best_loss = math.inf
         self._nonfinite = 0  # steps in a row
         self._rollbacks = 0  # without a finite step between
@@ -117,71 +122,80 @@ class Trainer:
     # --- one step -----------------------------------------------------------------------------------------------
 
     def step(self, batches: Iterator[dict[str, Any]]) -> Values:
-        """Take one optimizer step over `accumulate` batches; return its values, averaged over batches and ranks."""
+        """Take one optimizer step over the next `accumulate` batches; see `step_on`."""
+        return self.step_on(self._fetch(batches))
+
+    def _fetch(self, batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [next(batches) for _ in range(self.config.optim.accumulate)]
+
+    def step_on(self, batches: list[dict[str, Any]]) -> Values:
+        """Take one optimizer step over batches; return its values, averaged over batches and ranks.
+
+        Raises:
+            TrainingError: steps stay not finite.
+            TooManyBadError: too many samples cannot be read, on all ranks together.
+        """
         optim, start = self.config.optim, time.perf_counter()
         factor = learning_rate_factor(
             optim.schedule, optim.final_lr_ratio, optim.warmup_images, self.progress.images, self._share
         )
-        sides = [self.generator] + ([self.critic] if self.critic else [])
-        for side in sides:
-            side.set_rate(factor)
+        for side in (self.generator, self.critic):
+            if side is not None:
+                side.set_rate(factor)
         collected: list[dict[str, torch.Tensor]] = []
-        keys: list[str] = []
-        critic_steps = False
-        for micro in range(optim.accumulate):
-            batch = next(batches)
-            keys += batch["key"]
+        for micro, batch in enumerate(batches):
+            self.feed.bad.add(batch["bad"], len(batch["key"]), self.progress.images)
             batch["image"] = batch["image"].to(self.device, non_blocking=True)
-            last = micro == optim.accumulate - 1
+            last = micro == len(batches) - 1
             where = self._where(micro)
             with self._reduced(self.generator.module, last):
                 terms = self.task.generator_step(self.generator.module, batch, where)
-                self.generator.backward(terms.objective / optim.accumulate)
-            values = terms.values
-            if self.critic is not None:
-                critic_terms = self._critic_step(batch, terms.carry, where, last)
-                if critic_terms is not None:
-                    critic_steps = True
-                    values = values | critic_terms.values
-            collected.append(values)
-        sides = sides if critic_steps else sides[:1]
-        norms = {"gradient_norm": self.generator.finish()}
-        if critic_steps and self.critic is not None:
-            norms["d_gradient_norm"] = self.critic.finish()
+                self.generator.backward(terms.objective / len(batches))
+            critic_values = self._critic_step(batch, terms.carry, where, last)
+            collected.append(terms.values | critic_values)
+        sides = {"gradient_norm": self.generator}
+        if self.critic is not None and critic_values:
+            sides["d_gradient_norm"] = self.critic
+        norms = {name: side.finish() for name, side in sides.items()}
         out = self._averaged(collected, norms)
-        finite = all(math.isfinite(out[name]) for name in norms)
-        for side in sides:
+        finite = all(_finite(value) for value in out.values())
+        for side in sides.values():
             side.update(finite)
         if finite:
             self._nonfinite = self._rollbacks = 0
             self.ema.update_parameters(self.task.module)
-        elif not (self.generator.scaler.is_enabled() and math.isfinite(out["loss"])):  # else a scale found too large
-            self._note_nonfinite(out, keys)
-        for line in self.task.after_step(out, self._where(0), self._mean_over_ranks):
-            self._say(line)
+            for line in self.task.after_step(out, self._where(0), self.ranks.mean):
+                self._say(line)
+        else:
+            self.task.discard_step()
+            if any(side.scale_is_exhausted for side in sides.values()) or not math.isfinite(out["loss"]):
+                self._note_nonfinite(out, collected, [key for batch in batches for key in batch["key"]])
         self.progress.step += 1
         self.progress.images += self._images_per_step
         self.progress.time_s += time.perf_counter() - start
         self._share = self._fraction()
+        self.feed.bad.require_few(*self._bad)
         return {"lr": self.generator.optimizer.param_groups[0]["lr"], **out}
 
-    def _critic_step(self, batch: dict[str, Any], carry: Any, where: Step, last: bool) -> Terms | None:
-        assert self.critic is not None
+    def _critic_step(self, batch: dict[str, Any], carry: Any, where: Step, last: bool) -> dict[str, torch.Tensor]:
+        """Let the critic learn from a batch, if it does now; return its values."""
+        if self.critic is None:
+            return {}
         with self._reduced(self.critic.module, last):
             terms = self.task.critic_step(self.critic.module, batch, carry, where)
-            if terms is not None:
-                self.critic.backward(terms.objective / self.config.optim.accumulate)
-        return terms
+            if terms is None:
+                return {}
+            self.critic.backward(terms.objective / self.config.optim.accumulate)
+        return terms.values
 
     @property
     def _images_per_step(self) -> int:
-        ranks: int = self.accelerator.num_processes
-        return self.config.optim.batch_size * self.config.optim.accumulate * ranks
+        return self.config.optim.batch_size * self.config.optim.accumulate * self.ranks.count
 
     def _where(self, micro: int) -> Step:
         """Where this rank's batch number `micro` of the step stands."""
-        size, ranks = self.config.optim.batch_size, self.accelerator.num_processes
-        first = self.progress.images + (micro * ranks + self.accelerator.process_index) * size
+        size = self.config.optim.batch_size
+        first = self.progress.images + (micro * self.ranks.count + self.ranks.index) * size
         return Step(
             number=self.progress.step,
             images=self.progress.images,
@@ -198,30 +212,31 @@ class Trainer:
         held: AbstractContextManager[Any] = self.accelerator.no_sync(module)
         return held
 
-    def _mean_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.accelerator.num_processes == 1:
-            return tensor
-        mean: torch.Tensor = self.accelerator.reduce(tensor, reduction="mean")
-        return mean
-
     def _averaged(self, collected: list[dict[str, torch.Tensor]], norms: dict[str, torch.Tensor]) -> Values:
         """Average values over batches and ranks, with one transfer from the device; norms are equal on all ranks."""
         names = list(collected[0])
-        flat = torch.stack([torch.cat([values[name].float().flatten() for name in names]) for values in collected])
-        flat = torch.cat([self._mean_over_ranks(flat.mean(0)), torch.stack(list(norms.values()))])
-        numbers, at = flat.tolist(), 0
+        rows = [torch.cat([values[name].float().flatten() for name in names]) for values in collected]
+        bad = torch.tensor([self.feed.bad.total, self.feed.bad.n_read], dtype=torch.float32, device=self.device)
+        means = self.ranks.mean(torch.cat([torch.stack(rows).mean(0), bad]))
+        *numbers, total, n_read = means.tolist()
+        self._bad = (total * self.ranks.count, n_read * self.ranks.count)
+        at = 0
         out: Values = {}
         for name in names:
             n = collected[0][name].numel()
             out[name] = numbers[at : at + n] if collected[0][name].ndim else numbers[at]
             at += n
-        return out | dict(zip(norms, numbers[at:], strict=True))
+        return out | dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
 
-    def _note_nonfinite(self, values: Values, keys: list[str]) -> None:
-        """Count a step that was left out; go back to the last checkpoint after too many in a row."""
+    def _note_nonfinite(self, values: Values, collected: list[dict[str, torch.Tensor]], keys: list[str]) -> None:
+        """Count a step that was left out, on every rank; go back to the last checkpoint after too many in a row."""
         self._nonfinite += 1
-        what = ", ".join(f"{name} = {value:g}" for name, value in values.items() if not _finite(value))
-        text = f"step {self.progress.step}: not finite: {what}; step left out; samples: {' '.join(keys)}"
+        what = ", ".join(f"{name} = {value}" for name, value in values.items() if not _finite(value))
+        own = any(not bool(torch.isfinite(value).all()) for row in collected for value in row.values())
+        told = self.ranks.gather([(own, keys)])
+        blamed = [keys for own, keys in told if own] or [keys for _, keys in told]
+        samples = " ".join(key for keys in blamed for key in keys)
+        text = f"step {self.progress.step}: not finite: {what}; step left out; samples: {samples}"
         self._say(text)
         self.journal.line("nonfinite", {**vars(self.progress), "text": text}, self.progress.images)
         if self._nonfinite < self.config.run.max_nonfinite:
@@ -245,7 +260,7 @@ class Trainer:
             Preempted: after a checkpoint, because of SIGTERM or SIGUSR1.
             KeyboardInterrupt: after a checkpoint, because of SIGINT.
         """
-        config, main = self.config, self.accelerator.is_main_process
+        config, main = self.config, self.ranks.main
         self._record_start()
         columns = (TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[losses]}"))
         with console.progress(*columns, disable=not main) as bar:
@@ -255,13 +270,13 @@ class Trainer:
             with signals.requests() as request:
                 asked, due = 0, False
                 while self._share < 1.0:
-                    asked = self._agreed(request)
-                    if asked:
-                        break
                     if (now := self.feed.stage(self._share)) is not stage:
                         stage, batches = now, self.feed.batches(self._share, self.progress.images)
+                    fetched, asked = self._fetch_and_agree(batches, request)
+                    if asked:
+                        break
                     before = self.progress.images
-                    values = self.step(batches)
+                    values = self._step_or_save(fetched)
                     if self.progress.step % config.run.log_every == 0:
                         self.journal.line("step", {**vars(self.progress), **values}, self.progress.images)
                     seen = self.progress.images
@@ -282,41 +297,59 @@ class Trainer:
             if not asked:
                 self.validate(bar)
             self.checkpoint()
+        self.journal.close()
         if asked:
             raise KeyboardInterrupt if asked == signals.INTERRUPT else Preempted
-        self.journal.close()
-        self.accelerator.wait_for_everyone()
+        self.ranks.wait()
         return self.export() if main else {}
 
-    def _agreed(self, request: signals.Request) -> int:
-        """What the signals ask for, on any rank: all save at the same step."""
-        if self.accelerator.num_processes == 1:
-            return request.kind
-        kinds = self.accelerator.gather(torch.tensor([request.kind], device=self.device))
-        asked: int = kinds.max().item()
-        return asked
+    def _fetch_and_agree(
+        self, batches: Iterator[dict[str, Any]], request: signals.Request
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Read the next batches, and what the signals ask for on any rank: all save at the same step.
+
+        Raises:
+            UsageError: a rank's data have failed; on all ranks, after a checkpoint.
+        """
+        fetched: list[dict[str, Any]] = []
+        failure: UsageError | None = None
+        try:
+            fetched = self._fetch(batches)
+        except UsageError as exception:
+            failure = exception
+        asked, failed = self.ranks.largest(request.kind, int(failure is not None))
+        if failed:
+            self.checkpoint()
+            self.ranks.raise_together(failure, "read its data")
+        return fetched, asked
+
+    def _step_or_save(self, fetched: list[dict[str, Any]]) -> Values:
+        try:
+            return self.step_on(fetched)
+        except TooManyBadError:
+            self.checkpoint()
+            raise
 
     def _fraction(self) -> float:
         """Progress of the run; the same on every rank, whose clocks differ."""
         fraction = self.progress.fraction(self.config.run.n_images, 60 * self.config.run.time_limit_min)
-        if self.accelerator.num_processes > 1 and self.config.run.time_limit_min > 0:
-            fraction = float(self._mean_over_ranks(torch.tensor(fraction, device=self.device)))
+        if self.ranks.count > 1 and self.config.run.time_limit_min > 0:
+            fraction = float(self.ranks.mean(torch.tensor(fraction, device=self.device)))
         return fraction
 
     def _say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
+        if self.ranks.main:
             console.stderr.print(f"{self.progress.images} images: {text}", markup=False, highlight=False)
 
     def validate(self, bar: Any = None) -> dict[str, float]:
         """Measure averaged and last weights on the held-out samples, each once over all ranks; see `Task.evaluate`."""
-        rank, n_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        rows, picture = self.task.evaluate(self.ema.module, self.device, rank, n_ranks)
+        rank, n_ranks = self.ranks.index, self.ranks.count
         self.task.module.eval()
         with force_eager():  # images come in many shapes: not worth compiling for
+            rows, picture = self.task.evaluate(self.ema.module, self.device, rank, n_ranks)
             raw_rows, _ = self.task.evaluate(self.task.module, self.device, rank, n_ranks)
         self.task.module.train()
-        if n_ranks > 1:
-            rows, raw_rows = gather_object(rows), gather_object(raw_rows)
+        rows, raw_rows = self.ranks.gather(rows), self.ranks.gather(raw_rows)
         metrics = _means(rows) | {f"raw_{name}": value for name, value in _means(raw_rows).items()}
         if metrics:
             metrics["n_validated"] = float(len(rows))
@@ -327,7 +360,7 @@ class Trainer:
         self.journal.line("validation", {**vars(self.progress), **metrics}, self.progress.images)
         for line in self.task.after_validation(metrics, self._where(0)):
             self._say(line)
-        self._last_validation = metrics
+        self._last_validation, self._validated_at = metrics, self.progress.images
         return metrics
 
     # --- checkpoints --------------------------------------------------------------------------------------------
@@ -342,16 +375,18 @@ class Trainer:
         digests = self._digests()
         if len(set(digests)) > 1:
             raise TrainingError(f"the ranks have drifted apart at step {self.progress.step}: {' '.join(digests)}")
-        ranks = [{"random": random_state(), "bad": self.feed.bad.state_dict()}]
-        if self.accelerator.num_processes > 1:
-            ranks = gather_object(ranks)
-        loss = self._last_validation.get("loss", math.inf)
+        ranks = self.ranks.gather([{"random": random_state(), "bad": self.feed.bad.state_dict()}])
+        loss = self._last_validation.get("loss", math.inf) if self._validated_at == self.progress.images else math.inf
         best = loss < self._best_loss
         self._best_loss = min(loss, self._best_loss)
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(self._state(ranks), self.progress.images, best)
+        failure: UsageError | None = None
+        try:
+            if self.ranks.main:
+                self.checkpoints.save(self._state(ranks), self.progress.images, best)
+        except UsageError as exception:
+            failure = exception
+        self.ranks.raise_together(failure, "write the checkpoint")
         self.journal.line("checkpoint", {**vars(self.progress), "parameters": digests}, self.progress.images)
-        self.accelerator.wait_for_everyone()
 
     def _state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -364,6 +399,7 @@ class Trainer:
             "critic": None if self.critic is None else self.critic.state_dict(),
             "task": self.task.state_dict(),
             "validation": self._last_validation,
+            "validated_at": self._validated_at,
             "best_loss": self._best_loss,
             "nonfinite": [self._nonfinite, self._rollbacks],
             "ranks": ranks,
@@ -377,8 +413,9 @@ class Trainer:
         self._share = self._fraction()
         self._last_validation, self._best_loss = state["validation"], state["best_loss"]
         self._nonfinite, self._rollbacks = state["nonfinite"]
-        if self.accelerator.process_index < len(state["ranks"]):  # with more ranks than before, the new ones start anew
-            own = state["ranks"][self.accelerator.process_index]
+        self._validated_at = state["validated_at"]
+        if self.ranks.index < len(state["ranks"]):  # with more ranks than before, the new ones start anew
+            own = state["ranks"][self.ranks.index]
             set_random_state(own["random"])
             self.feed.bad.load_state_dict(own["bad"])
 
@@ -398,8 +435,7 @@ class Trainer:
             for tensor in [] if part is None else part.state_dict().values():
                 sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         sha.update(json.dumps(self.task.state_dict(), sort_keys=True).encode())
-        digests = [sha.hexdigest()[:16]]
-        return gather_object(digests) if self.accelerator.num_processes > 1 else digests
+        return self.ranks.gather([sha.hexdigest()[:16]])
 
     # --- start and end ------------------------------------------------------------------------------------------
 
@@ -408,11 +444,11 @@ class Trainer:
         if self.progress.images:
             self.journal.line("resume", vars(self.progress), self.progress.images)
             self._say("resumed")
-        if not self.accelerator.is_main_process:
+        if not self.ranks.main:
             return
         for name, text in self.task.describe().items():
             console.stderr.print(f"{name}: {text}", markup=False, highlight=False)
-        ranks, optim = self.accelerator.num_processes, self.config.optim
+        ranks, optim = self.ranks.count, self.config.optim
         console.stderr.print(f"data: {self.feed.describe()}", markup=False, highlight=False)
         console.stderr.print(
             f"run: {self.out}, {ranks} rank(s) on {self.device.type}, precision {self.config.run.precision}, "
@@ -424,16 +460,21 @@ class Trainer:
 
     def export(self) -> dict[str, Any]:
         """Write the averaged weights as a model folder; see `Task.export`."""
-        record = {
-            "images_seen": self.progress.images,
-            "steps": self.progress.step,
-            "time_s": round(self.progress.time_s, 1),
-            "validation": self._last_validation,
-            "n_bad_samples": self.feed.bad.total,
-            "losses": self.task.describe()["loss"],
-            **{name: value for name, value in environment().items() if name != "command"},  # it holds local paths
-        }
+        record = run_record(self.progress, self._last_validation, round(self._bad[0]), self.task)
         return self.task.export(self.ema.module, self.out / "model", record, self.device)
+
+
+def run_record(progress: Progress, validation: dict[str, float], n_bad: int, task: Task) -> dict[str, Any]:
+    """Return what a run knows about itself, for the model card."""
+    return {
+        "images_seen": progress.images,
+        "steps": progress.step,
+        "time_s": round(progress.time_s, 1),
+        "validation": validation,
+        "n_bad_samples": n_bad,
+        "losses": task.describe()["loss"],
+        **{name: value for name, value in environment().items() if name != "command"},  # it holds local paths
+    }
 
 
 def _passed(every: int, before: int, now: int) -> bool:
@@ -442,7 +483,7 @@ def _passed(every: int, before: int, now: int) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+    return all(map(math.isfinite, value)) if isinstance(value, list) else math.isfinite(value)
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:

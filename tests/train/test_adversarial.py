@@ -1,5 +1,6 @@
 """The adversarial game: which loss reaches what, what leaks, when each phase comes; through the real trainer."""
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -121,13 +122,15 @@ def test_the_objective_has_the_gradient_of_the_sum_of_the_weighted_losses(shards
 
 
 def test_the_learned_scale_is_learned(shards: Path, tmp_path: Path) -> None:
-    trainer = made(shards, tmp_path, "loss.learned_scale=true", "optim.warmup_images=0", "optim.lr=0.05")
+    fast = ["optim.warmup_images=0", "optim.lr=0.05", "run.n_images=4000"]
+    trainer = made(shards, tmp_path, "loss.learned_scale=true", *fast)
     batches = trainer.feed.batches(0.0, 0)
     values = [trainer.step(batches) for _ in range(30)]
     assert values[0]["log_scale"] == 0
     # The minimum over s of r exp(-s) + s is at s = log r.
-    last = values[-1]
-    assert last["log_scale"] == pytest.approx(torch.log(torch.tensor(last["l1"] + last["ms_ssim"])), abs=0.5)
+    minimum = math.log(sum(v["l1"] + v["ms_ssim"] for v in values[-10:]) / 10)
+    assert minimum < -0.4  # far from the start, compared with the tolerance
+    assert values[-1]["log_scale"] == pytest.approx(minimum, abs=0.2)
 
 
 def test_steps_move_every_parameter_of_both_networks(shards: Path, tmp_path: Path) -> None:
@@ -194,6 +197,18 @@ def test_a_share_of_the_run_is_a_moment_too() -> None:
         adversary.after_step({}, step, lambda tensor: tensor)
     assert [phase for phase, _ in seen] == ["reconstruction"] * 4 + ["warmup"] * 2 + ["ramp"] * 2 + ["adversarial"] * 8
     assert seen[7][1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("warmup", "ramp"), [("12.5%", "200"), ("200", "12.5%")])
+def test_images_and_shares_may_be_mixed(warmup: str, ramp: str) -> None:
+    config = AdversarialConfig(weight=1.0, start="25%", warmup=warmup, ramp=ramp, adaptive=False)
+    adversary = Adversary(config, PatchDiscriminator(8, 1))
+    phases = []
+    for n in range(10):  # 100 images are a share of 1/16
+        step = where(n, 100 * n, n / 16)
+        adversary.begin(step)
+        phases.append(adversary.phase(step))
+    assert phases == ["reconstruction"] * 4 + ["warmup"] * 2 + ["ramp"] * 2 + ["adversarial"] * 2
 
 
 def test_auto_starts_when_the_validations_loss_has_flattened() -> None:

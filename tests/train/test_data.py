@@ -331,7 +331,8 @@ def test_bad_samples_are_counted_listed_once_and_end_the_run_when_too_many(
     path = tmp_path / "bad_samples.jsonl"
     bad = BadSamples(path, max_share=0.02)
     for n in range(10):
-        bad.add([BadSample(f"k{n % 4}", "truncated" if n % 2 else "missing", "why")], 0, images=n)  # ten are allowed
+        bad.add([BadSample(f"k{n % 4}", "truncated" if n % 2 else "missing", "why")], 0, images=n)
+        bad.require_few(bad.total, bad.n_read)  # ten are allowed
     assert capsys.readouterr().err.splitlines() == [
         f"error: sample k{n}: why (replaced; listed in {path})" for n in range(4)
     ]
@@ -341,8 +342,10 @@ def test_bad_samples_are_counted_listed_once_and_end_the_run_when_too_many(
     assert (resumed.total, resumed.n_read, resumed.counts) == (10, 10, {"missing": 5, "truncated": 5})
     resumed.add([], 539, images=600)
     resumed.add([BadSample("k1", "truncated", "why")], 0, images=600)  # 11 of 550 are 2 %
+    resumed.require_few(resumed.total, resumed.n_read)
+    resumed.add([BadSample("pipe:x", "shard", "why")], 0, images=700)
     with pytest.raises(TooManyBadError, match=r"12 of 551 .*6 truncated, 5 missing, 1 shard\).*max_bad_share = 0.02"):
-        resumed.add([BadSample("pipe:x", "shard", "why")], 0, images=700)
+        resumed.require_few(resumed.total, resumed.n_read)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["key"] for line in lines] == ["k0", "k1", "k2", "k3", "pipe:x"]
     assert lines[-1] == {"key": "pipe:x", "kind": "shard", "reason": "why", "images": 700}

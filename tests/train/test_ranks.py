@@ -116,11 +116,11 @@ def test_a_signal_to_one_rank_stops_all_of_them_after_a_checkpoint(shards: Path,
         "import os, signal, sys\n"
         "from train.trainer import Trainer\n"
         "from train.cli import main\n"
-        "step = Trainer.step\n"
+        "step = Trainer.step_on\n"
         "def signalled(self, batches):\n"
         "    if self.progress.step == 2 and self.accelerator.process_index == 1: os.kill(os.getpid(), signal.SIGUSR1)\n"
         "    return step(self, batches)\n"
-        "Trainer.step = signalled\n"
+        "Trainer.step_on = signalled\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     path = tmp_path / "signalled.py"
@@ -150,10 +150,34 @@ def test_two_machines_through_accelerate_launch_equal_two_ranks_on_one(
     for rank in (0, 1):
         launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2"]
         launcher += ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
-        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         arguments = [sys.executable, *launcher, "-m", "train", *command(shards, out, 2)]
         machines.append(subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL))
     assert [machine.wait(timeout=240) for machine in machines] == [0, 0]
     ends = [log(folder, "checkpoint")[-1]["parameters"] for folder in (out, two_ranks)]
     assert len(set(ends[0])) == 1
     assert ends[0] == ends[1]
+
+
+def test_a_rank_whose_data_fail_stops_all_after_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    out, path = tmp_path / "r", tmp_path / "failing.py"
+    path.write_text(
+        "import sys\n"
+        "from codec.errors import UsageError\n"
+        "from train.trainer import Trainer\n"
+        "from train.cli import main\n"
+        "fetch = Trainer._fetch\n"
+        "def failing(self, batches):\n"
+        "    if self.progress.step == 2 and self.ranks.index == 1: raise UsageError('the disk has gone')\n"
+        "    return fetch(self, batches)\n"
+        "Trainer._fetch = failing\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = [sys.executable, *TORCHRUN, "2", str(path)]
+    done = subprocess.run(
+        [*launcher, *command(shards, out, 2)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode != 0
+    assert "error: the disk has gone" in done.stderr
+    assert "error: rank 0: another rank could not read its data" in done.stderr
+    assert state_of(out)["progress"]["step"] == 2

@@ -100,7 +100,7 @@ def test_a_polite_signal_saves_after_the_step_and_exits_0(
     number: signal.Signals, shards: Path, uninterrupted: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    out, step = tmp_path / "r", Trainer.step
+    out, step = tmp_path / "r", Trainer.step_on
 
     def signalled(self, batches):
         if self.progress.step == 25:
@@ -108,7 +108,7 @@ def test_a_polite_signal_saves_after_the_step_and_exits_0(
         return step(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", signalled)
+        patch.setattr(Trainer, "step_on", signalled)
         assert main(command(shards, out)) == 0
     assert "run.resume=auto" in capsys.readouterr().err
     assert state_of(out)["progress"]["step"] == 26
@@ -215,7 +215,7 @@ def test_what_else_changed_is_said(shards: Path, tmp_path: Path, capsys: pytest.
 def test_a_checkpoint_can_be_exported(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, step = tmp_path / "r", Trainer.step
+    out, step = tmp_path / "r", Trainer.step_on
 
     def signalled(self, batches):
         if self.progress.step == 5:
@@ -223,10 +223,66 @@ def test_a_checkpoint_can_be_exported(
         return step(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", signalled)
+        patch.setattr(Trainer, "step_on", signalled)
         assert main(["run", "tiny", f"data.shards={shards}", f"run.out={out}"]) == 0
     assert main(["export", str(out)]) == 0
     assert "stream_id" in json.loads(capsys.readouterr().out)
     assert "24 images seen in 6 steps" in (out / "model" / "README.md").read_text()
     assert main(["export", str(tmp_path)]) == 2
     assert "no checkpoint here" in capsys.readouterr().err
+
+
+def test_a_branch_from_an_older_checkpoint_sets_the_newer_ones_aside(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r"
+    base = ["run", "tiny", f"data.shards={shards}", f"run.out={out}", "run.checkpoint_every=8", "run.keep_last=3"]
+    assert main([*base, "run.n_images=32"]) == 0
+    older = out / "checkpoints" / "images-000000016.pt"
+    assert main([*base, "run.n_images=24", f"run.resume={older}"]) == 0
+    names = sorted(path.name for path in (out / "checkpoints").glob("*images*"))
+    assert names == [
+        "aside-images-000000024.pt", "aside-images-000000032.pt", "images-000000016.pt", "images-000000024.pt",
+    ]  # fmt: skip
+    assert "set aside" in capsys.readouterr().err
+
+
+def test_when_no_checkpoint_is_sound_the_run_does_not_start_over(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r"
+    base = ["run", "tiny", f"data.shards={shards}", f"run.out={out}", "run.n_images=8"]
+    assert main(base) == 0
+    for path in Checkpoints(out / "checkpoints", 1).all():
+        path.write_bytes(b"no")
+    assert main([*base, "run.resume=auto"]) == 2
+    assert "none of the 1 checkpoints is sound" in capsys.readouterr().err
+
+
+def test_a_signal_to_the_whole_process_group_reaches_no_reading_process(shards: Path, tmp_path: Path) -> None:
+    """As a terminal's Ctrl-C, `timeout`, or a cluster's scheduler send it."""
+    out = tmp_path / "r"
+    arguments = [f"data.shards={shards}", f"run.out={out}", "data.workers=2", "run.n_images=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", "run", "tiny", *arguments, "run.log_every=1"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < 5:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error.decode()
+    assert state_of(out)["progress"]["step"] >= 5
+
+
+def test_a_moved_run_is_exported_where_it_lies(run_folder: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    (moved / "checkpoints").mkdir(parents=True)
+    newest = Checkpoints(run_folder / "checkpoints", 1).all()[-1]
+    (moved / "checkpoints" / newest.name).write_bytes(newest.read_bytes())
+    before = (run_folder / "model" / "codec.json").stat().st_mtime_ns
+    assert main(["export", str(moved)]) == 0
+    assert (moved / "model" / "codec.json").exists()
+    assert (run_folder / "model" / "codec.json").stat().st_mtime_ns == before

@@ -1,6 +1,7 @@
 """The training loop through the command `codec-train run`, on the tiny recipe."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -305,6 +306,26 @@ def test_after_going_back_a_run_goes_on_with_other_samples(
     assert [line["images"] for line in log(out)] == list(range(4, 41, 4))
 
 
+def test_an_infinite_image_spoils_its_own_step_only(shards: Path, tmp_path: Path) -> None:
+    game = ["adversarial.weight=0.5", "adversarial.channels=8", "adversarial.layers=1", "adversarial.start=0"]
+    more = ["adversarial.warmup=4", "adversarial.ramp=4", "adversarial.lecam_weight=0.1", "latents.noise=0.1"]
+    made = tiny_trainer(shards, tmp_path / "r", *game, *more, "loss.perceptual=none", "loss.ms_ssim_weight=0")
+    batches = made.feed.batches(0.0, 0)
+    for n in range(8):
+        batch = next(batches)
+        if n in (1, 4):
+            batch["image"] = batch["image"].clone().fill_(float("inf"))
+        before = made.task.state_dict()
+        out = made.step_on([batch])
+        assert math.isfinite(out["gradient_norm"]) == (n not in (1, 4))
+        if n in (1, 4):  # (the warm-up's end is a moment, not a value)
+            after = made.task.state_dict()
+            assert after["adversary"] | {"warm": None} == before["adversary"] | {"warm": None}
+            assert (after["scale"], after["monitor"]) == (before["scale"], before["monitor"])
+        assert "nan" not in json.dumps(made.task.state_dict()).lower()
+    assert made.task.adversary.phase(made._where(0)) == "adversarial"
+
+
 def test_broken_samples_are_counted_and_listed(shards: Path, tmp_path: Path) -> None:
     broken = tmp_path / "shards"
     shutil.copytree(shards, broken)
@@ -351,14 +372,14 @@ def test_mistakes_are_found_before_training(
 def test_an_interrupt_keeps_a_checkpoint(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = Trainer.step
+    step = Trainer.step_on
 
     def interrupted(self, batches):
         if self.progress.step == 2:
             os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step, which is finished first
         return step(self, batches)
 
-    monkeypatch.setattr(Trainer, "step", interrupted)
+    monkeypatch.setattr(Trainer, "step_on", interrupted)
     out = tmp_path / "r"
     assert main(["run", "tiny", f"data.shards={shards}", f"run.out={out}"]) == 130
     assert last_checkpoint(out)["progress"]["step"] == 3
