@@ -10,6 +10,7 @@ import typer
 
 from codec import console
 from codec.console import Exit
+from train.bench_cli import bench_command
 from train.recipe import load_recipe, recipe_names
 from train.shards_cli import shards_command
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 app.command("shards")(shards_command)
+app.command("bench")(bench_command)
 
 
 @app.command(epilog="Example: codec-train run small-f8c8 data.shards=shards run.out=runs/first run.time_limit_min=25")

@@ -1,6 +1,7 @@
-"""From an image to the piece that a network sees: (H, W, 3) uint8 in, (h, w, 3) uint8 out. Must not import torch."""
+"""From an image to the piece that a network sees, (h, w, 3) uint8. Must not import torch.
 
-import math
+Random pieces are cut out of Pillow images: only what is cut out becomes an array.
+"""
 
 import numpy as np
 from PIL import Image
@@ -9,36 +10,36 @@ _LONGEST = 8  # an image that has to be enlarged is cut to this many times its s
 _REDUCING_GAP = 3.0  # Pillow may halve an image first where that leaves 3 times the final size: much faster, as good
 
 
-def random_crop(image: np.ndarray, side: int, rng: np.random.Generator, largest: float = 1.0) -> np.ndarray:
+def random_crop(image: Image.Image, side: int, rng: np.random.Generator, largest: float = 1.0) -> np.ndarray:
     """Cut a square out of an image, at random; an image smaller than that is enlarged first (Lanczos).
 
     Args:
-        image: (H, W, 3) uint8.
+        image: RGB.
         side: pixels of the result.
         rng: decides where, and how large.
         largest: the square is up to this many times larger than the result (log-uniform, as far as the image has
             room) and is then reduced (Lanczos); 1 cuts pixels as they are.
 
     Returns:
-        (side, side, 3) uint8, maybe a view.
+        (side, side, 3) uint8.
     """
     image = _at_least(image, side)
-    height, width = image.shape[:2]
+    width, height = image.size
     largest = min(largest, min(height, width) / side)
     if largest > 1:
         return _resized_piece(image, side, side, largest ** rng.random(), rng)
     top = int(rng.integers(height - side + 1))
     left = int(rng.integers(width - side + 1))
-    return image[top : top + side, left : left + side]
+    return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-def cover_crop(image: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+def cover_crop(image: Image.Image, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Resize an image until it just covers (height, width), and cut off what stands over, at random (Lanczos).
 
     Returns:
         (height, width, 3) uint8.
     """
-    return _resized_piece(image, height, width, min(image.shape[0] / height, image.shape[1] / width), rng)
+    return _resized_piece(image, height, width, min(image.height / height, image.width / width), rng)
 
 
 def mirrored(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -48,38 +49,30 @@ def mirrored(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def centre_crop(image: np.ndarray, side: int, multiple: int) -> np.ndarray:
     """Cut the middle of an image: sides at most `side`, multiples of `multiple` (small images are enlarged to one)."""
-    image = _at_least(image, multiple)
+    if min(image.shape[:2]) < multiple:
+        image = np.asarray(_at_least(Image.fromarray(image), multiple))
     height, width = (min(side, n) // multiple * multiple for n in image.shape[:2])
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
     return image[top : top + height, left : left + width]
 
 
-def _at_least(image: np.ndarray, side: int) -> np.ndarray:
-    height, width = image.shape[:2]
-    if min(height, width) >= side:
+def _at_least(image: Image.Image, side: int) -> Image.Image:
+    if min(image.size) >= side:
         return image
-    longest = _LONGEST * min(height, width)  # enlarging a hair-thin strip would fill the memory
-    image = image[:longest, :longest]
-    height, width = image.shape[:2]
-    scale = side / min(height, width)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    longest = _LONGEST * min(image.size)  # enlarging a hair-thin strip would fill the memory
+    image = image.crop((0, 0, min(image.width, longest), min(image.height, longest)))
+    scale = side / min(image.size)
+    size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _resized_piece(image: np.ndarray, height: int, width: int, times: float, rng: np.random.Generator) -> np.ndarray:
+def _resized_piece(image: Image.Image, height: int, width: int, times: float, rng: np.random.Generator) -> np.ndarray:
     """Cut out a random piece of `times` (height, width) pixels, not whole ones, and resize it to (height, width)."""
-    y0, y1 = _interval(image.shape[0], height * times, rng)
-    x0, x1 = _interval(image.shape[1], width * times, rng)
-    top, left = int(y0), int(x0)
-    around = image[top : math.ceil(y1), left : math.ceil(x1)]  # spares Pillow a copy of the whole image
-    return np.asarray(
-        Image.fromarray(around).resize(
-            (width, height),
-            Image.Resampling.LANCZOS,
-            box=(x0 - left, y0 - top, x1 - left, y1 - top),
-            reducing_gap=_REDUCING_GAP,
-        )
-    )
+    y0, y1 = _interval(image.height, height * times, rng)
+    x0, x1 = _interval(image.width, width * times, rng)
+    box = (x0, y0, x1, y1)
+    piece = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=_REDUCING_GAP)
+    return np.asarray(piece)
 
 
 def _interval(n: int, length: float, rng: np.random.Generator) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from codec import images
@@ -69,7 +70,7 @@ class SampleSequence(Dataset[dict[str, Any]]):
         self.batch_size = batch_size
         self._seed = seed
         self._multiple = multiple
-        self._cache: dict[tuple[Path, int], np.ndarray] = {}
+        self._cache: dict[tuple[Path, int], Image.Image] = {}
         self._cached_bytes = [0]  # a list: shared by copies, as the cache is
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -140,15 +141,16 @@ class SampleSequence(Dataset[dict[str, Any]]):
                 "data.crops and data.aspect_buckets give each batch a shape; resume with the same optim.batch_size"
             )
 
-    def _load(self, sample: SampleRef) -> np.ndarray:
+    def _load(self, sample: SampleRef) -> Image.Image:
         """Decode a sample, or take it from the cache, which fills once: in a random order nothing is worth evicting."""
         place = (sample.shard, sample.offset)
         image = self._cache.get(place)
         if image is None:
-            image = images.load(read_sample(sample), name=sample.name)
-            if self._cached_bytes[0] + image.nbytes <= self.config.cache_mb * 1e6:
+            image = images.load_picture(read_sample(sample), name=sample.name)
+            n_bytes = 4 * image.width * image.height  # Pillow's RGB
+            if self._cached_bytes[0] + n_bytes <= self.config.cache_mb * 1e6:
                 self._cache[place] = image
-                self._cached_bytes[0] += image.nbytes
+                self._cached_bytes[0] += n_bytes
         return image
 
     def _index(self, position: int) -> int:
@@ -228,6 +230,7 @@ def batches(
         prefetch_factor=4 if workers else None,
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=leave_to_the_run,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each new loader draws from the global one, which a resumed run continues
     )
 

@@ -203,7 +203,7 @@ class _Stream(IterableDataset[dict[str, Any]]):
         n_done, n_failed, side = 0, 0, 0
         for member in members:
             try:
-                image = images.load(member.data, name=member.key)
+                image = images.load_picture(member.data, name=member.key)
             except ImageError as exception:
                 bad.append(bad_sample(member.key, member.key, exception))
                 n_failed += 1

@@ -116,7 +116,7 @@ class Trainer:
 
     def _side(self, module: nn.Module, groups: list[dict[str, Any]], betas: tuple[float, float], decay: float) -> Side:
         wrapped = self.accelerator.prepare_model(module)
-        optimizer = torch.optim.AdamW(groups, lr=groups[0]["peak_lr"], betas=betas, weight_decay=decay)
+        optimizer = torch.optim.AdamW(groups, lr=groups[0]["peak_lr"], betas=betas, weight_decay=decay, fused=True)
         return Side(wrapped, optimizer, self.config.optim.clip_norm, self.config.run.precision == "fp16")
 
     # --- one step -----------------------------------------------------------------------------------------------
