@@ -67,7 +67,7 @@ def test_free_bits_leave_channels_below_them_alone_and_capacity_pulls_towards_it
         loss.backward()
         assert per_channel.grad.tolist() == [sign, sign]
     half = kl_loss(per_channel, KLConfig(weight=1.0, schedule="capacity", capacity=1.0, reduction="image"), 64, 1, 0.5)
-    assert float(half) == pytest.approx(32 - 2.1, rel=1e-5)
+    assert half.item() == pytest.approx(32 - 2.1, rel=1e-5)
 
 
 def test_pixel_losses_are_means_over_everything() -> None:

@@ -391,3 +391,22 @@ def test_the_fixture_holds_a_picture_not_noise(run_folder: Path) -> None:
     fixture = load_file(run_folder / "fixture.safetensors")
     assert fixture["x"].shape == fixture["x_hat"].shape == (1, 3, 64, 64)
     assert fixture["x"].abs().max() <= 1
+
+
+def test_too_many_broken_samples_stop_the_run_after_a_checkpoint(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, out = tmp_path / "shards", tmp_path / "r"
+    shutil.copytree(shards, broken)
+    ref = split(read_index(broken), 2)[0][0]
+    data = bytearray(ref.shard.read_bytes())
+    data[ref.offset : ref.offset + 40] = bytes(40)
+    ref.shard.write_bytes(data)
+    arguments = [f"data.shards={broken}", f"run.out={out}", "run.n_images=400"]
+    assert main(["run", "tiny", *arguments]) == 2
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert "11 of " in error
+    assert "samples could not be used (of this rank: 11 not an image), more than data.max_bad_share = 0.01" in error
+    assert last_checkpoint(out)["progress"]["images"] == pytest.approx(110, abs=20)
+    assert main(["run", "tiny", *arguments, "run.resume=auto", "data.max_bad_share=0.5"]) == 0  # nothing is lost
+    assert last_checkpoint(out)["progress"]["images"] == 400
