@@ -30,6 +30,21 @@ def kl_nats(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     return (0.5 * (mean**2 + logvar.exp() - 1.0 - logvar)).mean((0, 2, 3))
 
 
+def vq_loss(z: torch.Tensor, z_q: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return the loss of a vector quantiser: mean over all elements of (sg[z] - z_q)^2 + beta * (z - sg[z_q])^2.
+
+    The first term draws the codebook to the latents; the second, the commitment, the latents to the codebook, and it
+    is the one that beta weighs. van den Oord et al. 2017 eq. 3, arXiv:1711.00937.
+
+    Args:
+        z: (B, D, h, w) raw latents of the encoder.
+        z_q: (B, D, h, w) the codebook's vectors in their place, with a gradient to the codebook and none to z.
+        beta: weight of the commitment; 0.25 in the paper.
+    """
+    z, z_q = z.float(), z_q.float()
+    return F.mse_loss(z_q, z.detach()) + beta * F.mse_loss(z, z_q.detach())
+
+
 def kl_scale(reduction: str, n_pixels: int, n_positions: int, channels: int) -> float:
     """Return what the KL per position, summed over channels, is multiplied by for a reduction of `kl.reduction`.
 

@@ -15,6 +15,7 @@ from train.losses import (
     kl_weight_in_ldm,
     ms_ssim_loss,
     pixel_loss,
+    vq_loss,
 )
 
 
@@ -130,3 +131,17 @@ def test_the_perceptual_term_carries_its_weight(backbone: Path) -> None:
     light = ReconstructionLoss(LossConfig(features=str(backbone), perceptual_weight=0.1))(x, x_hat)["perceptual"]
     heavy = ReconstructionLoss(LossConfig(features=str(backbone), perceptual_weight=0.3))(x, x_hat)["perceptual"]
     assert float(heavy) == pytest.approx(3 * float(light), rel=1e-5)
+
+
+def test_beta_weighs_the_commitment_of_the_latents_and_not_the_codebook() -> None:
+    rng = torch.Generator().manual_seed(0)
+    codebook = torch.randn(5, 3, generator=rng, requires_grad=True)
+    z = torch.randn(2, 3, 4, 4, generator=rng, requires_grad=True)
+    chosen = torch.randint(5, (2, 4, 4), generator=rng)
+    z_q = codebook[chosen].permute(0, 3, 1, 2)
+    loss = vq_loss(z, z_q, beta=0.25)
+    towards_latents, towards_codebook = torch.autograd.grad(loss, (z_q, z))
+    pull = 2 * (z_q - z).detach() / z.numel()
+    assert torch.allclose(towards_latents, pull)
+    assert torch.allclose(towards_codebook, -0.25 * pull)
+    assert float(loss) == pytest.approx(1.25 * float((z - z_q).square().mean()), rel=1e-6)
