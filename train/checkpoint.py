@@ -7,16 +7,19 @@ A file is written under a temporary name, forced to disk and renamed: a full dis
 leaves the ones before untouched.
 """
 
+import hashlib
+import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from codec import console
 from codec.errors import UsageError
@@ -183,3 +186,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def digest(modules: Iterable[nn.Module | None], decisions: Mapping[str, Any]) -> str:
+    """Return SHA-256 over the tensors of modules and over plain values, 16 hex digits."""
+    sha = hashlib.sha256()
+    for module in modules:
+        for tensor in [] if module is None else module.state_dict().values():
+            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    sha.update(json.dumps(decisions, sort_keys=True).encode())
+    return sha.hexdigest()[:16]

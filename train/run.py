@@ -20,8 +20,9 @@ from train.config import Config
 from train.data import split
 from train.feed import Feed
 from train.journal import check_run_folder, check_trackers
+from train.progress import Progress, run_record
 from train.recipe import from_dict
-from train.trainer import Progress, Trainer, run_record
+from train.trainer import Trainer
 
 
 def run(config: Config) -> dict[str, Any]:

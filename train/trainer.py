@@ -8,17 +8,14 @@ Everything that decides (whether gradients are finite, phases, signals, time) is
 is the number of images seen; what is random is drawn from (seed, position). So a resumed run goes on exactly.
 """
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.progress import TextColumn
@@ -29,12 +26,13 @@ from codec.errors import UsageError
 from train import signals
 from train.averaging import averaged
 from train.bad_samples import TooManyBadError
-from train.checkpoint import Checkpoints, random_state, set_random_state
+from train.checkpoint import Checkpoints, digest, random_state, set_random_state
 from train.config import Config
 from train.feed import Feed
 from train.journal import Journal, environment
 from train.module import force_eager
 from train.precision import Side, autocast
+from train.progress import Progress, brief, finite, means, passed, run_record
 from train.ranks import Ranks
 from train.schedules import learning_rate_factor
 from train.task import Step, Task, Values
@@ -48,26 +46,6 @@ class TrainingError(ArithmeticError):
 
 class Preempted(Exception):
     """SIGTERM or SIGUSR1 came; the run is saved and can be resumed."""
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: optimizer steps done.
-        images: images seen, over all ranks; the position in the run's sequence.
-        time_s: seconds of training, without validation.
-    """
-
-    step: int = 0
-    images: int = 0
-    time_s: float = 0.0
-
-    def fraction(self, n_images: int, time_limit_s: float) -> float:
-        """The part of the run that is done, 0..1: of the images or of the time (0 = no limit), whichever is further."""
-        of_time = self.time_s / time_limit_s if time_limit_s > 0 else 0.0
-        return min(1.0, max(self.images / n_images, of_time))
 
 
 class Trainer:
@@ -158,10 +136,10 @@ class Trainer:
             sides["d_gradient_norm"] = self.critic
         norms = {name: side.finish() for name, side in sides.items()}
         out = self._averaged(collected, norms)
-        finite = all(_finite(value) for value in out.values())
+        sound = all(finite(value) for value in out.values())
         for side in sides.values():
-            side.update(finite)
-        if finite:
+            side.update(sound)
+        if sound:
             self._nonfinite = self._rollbacks = 0
             self.ema.update_parameters(self.task.module)
             for line in self.task.after_step(out, self._where(0), self.ranks.mean):
@@ -231,7 +209,7 @@ class Trainer:
     def _note_nonfinite(self, values: Values, collected: list[dict[str, torch.Tensor]], keys: list[str]) -> None:
         """Count a step that was left out, on every rank; go back to the last checkpoint after too many in a row."""
         self._nonfinite += 1
-        what = ", ".join(f"{name} = {value}" for name, value in values.items() if not _finite(value))
+        what = ", ".join(f"{name} = {value}" for name, value in values.items() if not finite(value))
         own = any(not bool(torch.isfinite(value).all()) for row in collected for value in row.values())
         told = self.ranks.gather([(own, keys)])
         blamed = [keys for own, keys in told if own] or [keys for _, keys in told]
@@ -285,12 +263,12 @@ class Trainer:
                         completed=seen,
                         total=max(seen, round(seen / self._share)),  # a time limit ends the run before n_images
                         speed=f"{seen / max(self.progress.time_s, 1e-9):.1f}/s",
-                        losses=_brief(values),
+                        losses=brief(values),
                     )
                     ends = self._share >= 1.0
-                    if not ends and _passed(config.run.validate_every, before, seen):
+                    if not ends and passed(config.run.validate_every, before, seen):
                         self.validate(bar)
-                    due = due or _passed(config.run.checkpoint_every, before, seen)
+                    due = due or passed(config.run.checkpoint_every, before, seen)
                     if not ends and due and self._nonfinite == 0:  # never of weights that may be the reason
                         self.checkpoint()
                         due = False
@@ -350,7 +328,7 @@ class Trainer:
             raw_rows, _ = self.task.evaluate(self.task.module, self.device, rank, n_ranks)
         self.task.module.train()
         rows, raw_rows = self.ranks.gather(rows), self.ranks.gather(raw_rows)
-        metrics = _means(rows) | {f"raw_{name}": value for name, value in _means(raw_rows).items()}
+        metrics = means(rows) | {f"raw_{name}": value for name, value in means(raw_rows).items()}
         if metrics:
             metrics["n_validated"] = float(len(rows))
         if picture is not None:
@@ -429,13 +407,8 @@ class Trainer:
         self.task.load_state_dict(state["task"])
 
     def _digests(self) -> list[str]:
-        """SHA-256 over each rank's parameters, averages and decisions, 16 hex digits: equal bits on every rank."""
-        sha = hashlib.sha256()
-        for part in (self.task.module, self.task.critic, self.ema):
-            for tensor in [] if part is None else part.state_dict().values():
-                sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        sha.update(json.dumps(self.task.state_dict(), sort_keys=True).encode())
-        return self.ranks.gather([sha.hexdigest()[:16]])
+        """A digest of each rank's parameters, averages and decisions: equal where all bits are."""
+        return self.ranks.gather([digest((self.task.module, self.task.critic, self.ema), self.task.state_dict())])
 
     # --- start and end ------------------------------------------------------------------------------------------
 
@@ -462,37 +435,3 @@ class Trainer:
         """Write the averaged weights as a model folder; see `Task.export`."""
         record = run_record(self.progress, self._last_validation, round(self._bad[0]), self.task)
         return self.task.export(self.ema.module, self.out / "model", record, self.device)
-
-
-def run_record(progress: Progress, validation: dict[str, float], n_bad: int, task: Task) -> dict[str, Any]:
-    """Return what a run knows about itself, for the model card."""
-    return {
-        "images_seen": progress.images,
-        "steps": progress.step,
-        "time_s": round(progress.time_s, 1),
-        "validation": validation,
-        "n_bad_samples": n_bad,
-        "losses": task.describe()["loss"],
-        **{name: value for name, value in environment().items() if name != "command"},  # it holds local paths
-    }
-
-
-def _passed(every: int, before: int, now: int) -> bool:
-    """Whether a multiple of `every` lies in (before, now]."""
-    return now // every > before // every
-
-
-def _finite(value: Any) -> bool:
-    return all(map(math.isfinite, value)) if isinstance(value, list) else math.isfinite(value)
-
-
-def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the rows that have it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
-
-
-def _brief(values: Values) -> str:
-    """The weighted terms, short enough for a progress bar of 80 columns; log.jsonl has them in full."""
-    shown = [name for name in ("l1", "l2", "huber", "bce", "perceptual", "ms_ssim", "kl", "rate") if name in values]
-    return " ".join(f"{name[:4]} {values[name]:.2f}" for name in shown) + f" {values.get('phase', '')}"
