@@ -15,3 +15,13 @@ class ModelError(ValueError):
 
 class UsageError(ValueError):
     """A request that cannot be carried out as given: missing or empty source, unwritable output, bad options."""
+
+
+def ran_out_of_memory(exception: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, torch's on a GPU, torch's on a CPU."""
+    kind, text = type(exception).__name__, str(exception).lower()
+    return kind in ("MemoryError", "OutOfMemoryError") or "allocate memory" in text or "worker (pid" in text
+
+
+class NonFiniteError(ArithmeticError):
+    """A network's values are not finite in the number format that it runs in; a wider format may help."""
