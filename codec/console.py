@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from codec.errors import FormatError, ImageError, ModelError, UsageError
+from codec.errors import FormatError, ImageError, ModelError, UsageError, ran_out_of_memory
 from codec.version import __version__
 
 
@@ -36,6 +36,11 @@ stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_w
 def error(message: str) -> None:
     """Print `error: <message>` as one line on stderr (new-lines in the message become spaces)."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+
+
+def note(message: str) -> None:
+    """Print one line on stderr (new-lines in the message become spaces)."""
+    print(" ".join(str(message).split()), file=sys.stderr, flush=True)
 
 
 def progress(*columns: ProgressColumn, disable: bool = False) -> Progress:
@@ -70,12 +75,6 @@ def application(name: str, about: str) -> typer.Typer:
     ) -> None: ...
 
     return app
-
-
-def _out_of_memory(exception: Exception) -> bool:
-    """Whether an error says that memory ran out: Python's, torch's on a GPU, torch's on a CPU."""
-    kind, text = type(exception).__name__, str(exception).lower()
-    return kind in ("MemoryError", "OutOfMemoryError") or "allocate memory" in text or "worker (pid" in text
 
 
 def run(app: typer.Typer, argv: Sequence[str] | None, name: str) -> int:
@@ -122,7 +121,7 @@ def run(app: typer.Typer, argv: Sequence[str] | None, name: str) -> int:
         error(f"{exception}: pip install 'latent-codec[train,eval]'")
         return Exit.USAGE
     except (MemoryError, RuntimeError) as exception:
-        if not _out_of_memory(exception):
+        if not ran_out_of_memory(exception):
             raise
         error(f"out of memory: {exception}")
         return Exit.SOME_FAILED

@@ -1,12 +1,19 @@
 """Finding source files and writing results safely. Imports the standard library only."""
 
 import os
+import platform
+import re
 import uuid
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from codec.errors import UsageError
+
+_TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def write_atomic(path: Path, data: bytes, *, exclusive: bool = False) -> None:
         OSError: the system refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_bytes(data)
         if exclusive:
@@ -102,6 +109,36 @@ def write_atomic(path: Path, data: bytes, *, exclusive: bool = False) -> None:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(folders: Iterable[Path]) -> None:
+    """Remove what `write_atomic` left half-written in these folders when its process was killed on this machine."""
+    for folder in folders:
+        try:
+            names = [path.name for path in folder.iterdir()]
+        except OSError:  # not there yet, or not to be listed: nothing that could be done
+            continue
+        for name in names:
+            found = _TEMPORARY.fullmatch(name)
+            if found and found["machine"] == _machine() and not _is_running(int(found["process"])):
+                with suppress(OSError):
+                    (folder / name).unlink()
+
+
+@cache
+def _machine() -> str:
+    """Eight hex digits that tell this machine from others which write to the same folder."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 def _rename_exclusive(temporary: Path, path: Path) -> None:

@@ -11,6 +11,7 @@ Decisions that a caller may want to know:
   32-bit integers beyond 16 bits are refused, because the file does not say which value is white.
 - Of an animation the first frame is taken. Broken EXIF is ignored.
 
+`pictures.load` keeps alpha, profile and metadata; it stands on `decode` and `to_srgb` of this module.
 Imports Pillow and numpy only, never torch.
 """
 
@@ -18,9 +19,9 @@ import io
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,40 @@ class _RefusedError(Exception):
     """A sound image that is not taken; the message is the reason as the user reads it."""
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """An image file, decoded and upright, its colours as they are in the file.
+
+    Attributes:
+        colour: mode L, RGB or CMYK.
+        alpha: mode L, 255 opaque; None where the file has none.
+        profile: the embedded ICC profile, not yet checked; None where there is none.
+        source: the image as Pillow opened it, with its mode, format and metadata.
+    """
+
+    colour: Image.Image
+    alpha: Image.Image | None
+    profile: bytes | None
+    source: Image.Image
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A sound ICC profile.
+
+    Attributes:
+        mode: of the pixels that it describes: L, RGB or CMYK.
+        transform: the way from there to sRGB; None where it is sRGB in effect.
+    """
+
+    mode: str
+    transform: ImageCms.ImageCmsTransform | None
+
+    def fits(self, colour: Image.Image) -> bool:
+        """Whether it can be applied to pixels of mode L, RGB or CMYK."""
+        return self.mode == colour.mode or (self.mode == "RGB" and colour.mode == "L")
+
+
 def load(
     source: str | Path | bytes, *, name: str | None = None, background: tuple[int, int, int] = (255, 255, 255)
 ) -> npt.NDArray[np.uint8]:
@@ -86,16 +121,36 @@ def load_picture(
 
     For those who want a piece of it: turning all pixels into an array costs a tenth of the decoding.
     """
-    name = _name(source, name)
-    data = source if isinstance(source, bytes) else read(source, name=name)
-    with _errors_as_image_error(name):
-        image = _open(data)
-        _decode(image)
-        method = _TRANSPOSES.get(_orientation(image))  # after decoding, which turns a TIFF and clears the tag
-        upright = image if method is None else image.transpose(method)
-        colour, alpha = _split_alpha(upright, data)
-        picture = _to_srgb(colour, image.info.get("icc_profile"))
-        return picture if alpha is None else Image.fromarray(_composite(np.array(picture), alpha, background))
+    name, data = name_and_data(source, name)
+    with errors_as_image_error(name):
+        decoded = decode(data)
+        picture = to_srgb(decoded)
+        if decoded.alpha is None:
+            return picture
+        return Image.fromarray(_composite(np.array(picture), decoded.alpha, background))
+
+
+def decode(data: bytes) -> Decoded:
+    """Decode the bytes of an image file, limits checked, and turn it upright.
+
+    Raises:
+        Exception: anything, see `errors_as_image_error`, within which this is to be called.
+    """
+    image = _open(data)
+    _decode(image)
+    method = _TRANSPOSES.get(_orientation(image))  # after decoding, which turns a TIFF and clears the tag
+    colour, alpha = _split_alpha(image if method is None else image.transpose(method), data)
+    profile = image.info.get("icc_profile")
+    return Decoded(colour, alpha, profile if isinstance(profile, bytes) else None, image)
+
+
+def to_srgb(decoded: Decoded) -> Image.Image:
+    """Return the colours in mode RGB: sRGB by the embedded profile, or as they stand where that cannot be used."""
+    found = None if decoded.profile is None else read_profile(decoded.profile)
+    colour = decoded.colour
+    if found and found.transform and found.fits(colour):
+        return found.transform.apply(colour.convert(found.mode))
+    return colour if colour.mode == "RGB" else colour.convert("RGB")  # convert would copy it
 
 
 def size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
@@ -108,9 +163,8 @@ def size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]
     Raises:
         ImageError: as `load`, as far as the header shows it.
     """
-    name = _name(source, name)
-    data = source if isinstance(source, bytes) else read(source, name=name)
-    with _errors_as_image_error(name):
+    name, data = name_and_data(source, name)
+    with errors_as_image_error(name):
         image = _open(data)
         width, height = image.size
         # Pillow turns the size of a TIFF itself, and decodes a PNG to look for EXIF behind the pixels: only if needed.
@@ -165,8 +219,15 @@ def _name(source: str | Path | bytes, name: str | None) -> str:
     return "image" if isinstance(source, bytes) else str(source)
 
 
+def name_and_data(source: str | Path | bytes, name: str | None) -> tuple[str, bytes]:
+    """Return what messages call an image, and the bytes of its file; raises as `read`."""
+    name = _name(source, name)
+    return name, source if isinstance(source, bytes) else read(source, name=name)
+
+
 @contextmanager
-def _errors_as_image_error(name: str) -> Iterator[None]:
+def errors_as_image_error(name: str) -> Iterator[None]:
+    """Turn whatever the parsers of untrusted files raise into ImageError, "<name>: <reason>"."""
     try:
         yield
     except MemoryError:
@@ -274,19 +335,9 @@ def _fix_transparent_colour(image: Image.Image, data: bytes) -> Image.Image:
     return image
 
 
-def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
-    """Convert mode L, RGB or CMYK to sRGB by the embedded profile, or as it stands where that cannot be used."""
-    found = _transform(profile) if isinstance(profile, bytes) else None
-    if found:
-        mode, transform = found
-        if mode == image.mode or (mode == "RGB" and image.mode == "L"):
-            return transform.apply(image.convert(mode))
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy it
-
-
 @lru_cache(maxsize=32)
-def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-    """The mode that a profile describes and the way from there to sRGB; None where it is broken or sRGB already."""
+def read_profile(profile: bytes) -> Profile | None:
+    """Parse an ICC profile; None where it is broken or describes no gray, RGB or CMYK pixels."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
@@ -304,8 +355,8 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
         levels = np.linspace(0, 255, 17).astype(np.uint8)
         probe = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(17, -1, 3)
         if np.abs(np.asarray(transform.apply(Image.fromarray(probe))).astype(int) - probe).max() <= 1:
-            return None
-    return mode, transform
+            return Profile(mode, None)
+    return Profile(mode, transform)
 
 
 def _composite(

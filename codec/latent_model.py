@@ -46,8 +46,7 @@ class LatentModel(Protocol):
         shift_factor: normalized latents are (z - shift_factor) * scaling_factor.
         receptive_field: radius in pixels of the square around it that one pixel of decode(encode(x).mean) depends on;
             None when it is the whole image.
-        encoder_out: the encoder's last convolution; trainers balance losses by their gradients at its weight.
-        decoder_out: the decoder's last convolution.
+        decoder_out: the decoder's last convolution; trainers balance losses by their gradients at its weight.
     """
 
     network: torch.nn.Module
@@ -57,7 +56,6 @@ class LatentModel(Protocol):
     scaling_factor: float
     shift_factor: float
     receptive_field: int | None
-    encoder_out: torch.nn.Module
     decoder_out: torch.nn.Module
 
     def encode(self, x: torch.Tensor) -> Posterior:
@@ -83,7 +81,6 @@ class KLModel:
         self.channels = int(config.latent_channels)
         self.scaling_factor = float(config.scaling_factor)
         self.shift_factor = float(config.shift_factor or 0.0)
-        self.encoder_out: torch.nn.Module = network.encoder.conv_out
         self.decoder_out: torch.nn.Module = network.decoder.conv_out
 
     def encode(self, x: torch.Tensor) -> Posterior:
@@ -118,7 +115,6 @@ class TinyModel:
         self.scaling_factor = float(config.scaling_factor)
         self.shift_factor = float(config.shift_factor or 0.0)
         self.receptive_field = _tiny_receptive_field(config, self.f)
-        self.encoder_out: torch.nn.Module = network.encoder.layers[-1]
         self.decoder_out: torch.nn.Module = network.decoder.layers[-1]
 
     def encode(self, x: torch.Tensor) -> Posterior:

@@ -25,7 +25,7 @@ from codec.tables import TableSet
 
 CODEC_JSON = "codec.json"
 CODEC_TENSORS = "codec.safetensors"
-FOLDER_VERSION = 0
+FOLDER_VERSION = 1
 MODELS_VARIABLE = "CODEC_MODELS"
 
 # For each class, the fields of diffusers' config that decide what its decoder computes from raw latents.
@@ -104,13 +104,18 @@ def read(path: Path) -> ModelFolder:
         raise ModelError(f"{path}: no {CODEC_JSON} in it: not a model of the codec (export one with codec-train)")
     try:
         info = json.loads((path / CODEC_JSON).read_text(encoding="utf-8"))
-        if info["folder_version"] != FOLDER_VERSION:
-            raise ModelError(f"{path}: folder version {info['folder_version']}, this program reads {FOLDER_VERSION}")
+        version = info["folder_version"]
+        if version != FOLDER_VERSION:
+            advice = ": export the model again with codec-train" if version < FOLDER_VERSION else ""
+            raise ModelError(f"{path}: folder version {version}, this program reads {FOLDER_VERSION}{advice}")
         tensors = load_file(path / CODEC_TENSORS)
         mean, step = tensors["mean"], tensors["step"]
         table_sets = {}
         for n, stream_id in enumerate(info["stream_ids"]):
-            tables = TableSet(*(tensors[f"tables.{n}.{part}"] for part in ("first", "offsets", "frequencies")))
+            prefix = f"tables.{n}."
+            tables = TableSet.from_tensors(
+                {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            )
             if tables.channels != mean.size or tables.digest(mean, step) != stream_id:
                 raise ModelError(
                     f"{path}: table set {n} does not have the stream id {stream_id} that {CODEC_JSON} states"
@@ -152,13 +157,35 @@ def write(
     """
     tensors = {"mean": mean.astype(np.float32), "step": step.astype(np.float32)}
     for n, tables in enumerate(table_sets):
-        for part in ("first", "offsets", "frequencies"):
-            tensors[f"tables.{n}.{part}"] = getattr(tables, part)
+        tensors |= {f"tables.{n}.{part}": tensor for part, tensor in tables.tensors().items()}
     stream_ids = [tables.digest(tensors["mean"], tensors["step"]) for tables in table_sets]
     document = {"folder_version": FOLDER_VERSION, **info, "stream_ids": stream_ids}
     write_atomic(path / CODEC_TENSORS, save(tensors))
     write_atomic(path / CODEC_JSON, (json.dumps(document, indent=2) + "\n").encode())
     return read(path)
+
+
+def add_tables(path: Path, tables: TableSet) -> ModelFolder:
+    """Add a table set to a model folder, after a refit: new files use it, and old ones stay readable.
+
+    Args:
+        path: the folder.
+        tables: fitted with the folder's mean and step, see `codec.tables.fit`.
+
+    Returns:
+        The folder, read back.
+
+    Raises:
+        ModelError: the folder is damaged, or of another number of channels than the tables.
+        ValueError: it has this table set already.
+    """
+    folder = read(path)
+    if tables.channels != folder.channels:
+        raise ModelError(f"{path}: {folder.channels} channels, the tables have {tables.channels}")
+    if tables.digest(folder.mean, folder.step) in folder.table_sets:
+        raise ValueError(f"{path}: these tables are in it already")
+    table_sets = [*folder.table_sets.values(), tables]
+    return write(path, info=folder.info, mean=folder.mean, step=folder.step, table_sets=table_sets)
 
 
 def decoder_digest(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:

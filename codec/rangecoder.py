@@ -17,6 +17,8 @@ TOTAL = 1 << PRECISION_BITS  # every table's frequencies sum to this
 
 _TOP = 1 << 24  # below this, `range` is renormalised
 _MASK = (1 << 32) - 1
+_ESCAPE_LENGTH_BITS = 5
+_MAX_ESCAPE_LENGTH = 22  # of the distance between two indices within +-2^20, in bits
 
 
 def encode(intervals: Iterable[tuple[int, int]]) -> bytes:
@@ -62,21 +64,51 @@ def _carry(out: bytearray) -> None:
     out[i] += 1
 
 
+def field(value: int, n_bits: int) -> tuple[int, int]:
+    """Return the interval of a number of `n_bits` (0 to 16) equiprobable bits."""
+    return value << (PRECISION_BITS - n_bits), 1 << (PRECISION_BITS - n_bits)
+
+
+def escape(value: int, first: int, last: int) -> list[tuple[int, int]]:
+    """Return the intervals that follow an escape: a value outside first..last, at most 2^23 - 1 away from it.
+
+    One bit below or above, 5 bits for the length of the distance, then the distance without its leading one.
+    """
+    below = value < first
+    distance = (first - value) if below else (value - last)  # >= 1
+    length = distance.bit_length() - 1
+    rest = distance - (1 << length)
+    low_bits = min(length, 16)
+    fields = [field(int(below), 1), field(length, _ESCAPE_LENGTH_BITS)]
+    if length > 16:
+        fields.append(field(rest >> 16, length - 16))
+    if low_bits:
+        fields.append(field(rest & ((1 << low_bits) - 1), low_bits))
+    return fields
+
+
 class Decoder:
     """Reads symbols from one payload, in the order in which they were coded."""
 
     def __init__(self, payload: bytes) -> None:
+        """Start at the first byte.
+
+        Raises:
+            FormatError: the payload ends in a zero byte, which no encoder writes.
+        """
+        if payload.endswith(b"\0"):
+            raise FormatError("damaged payload: it ends in a zero byte")
         self._payload = payload
         self._position = 4
         self._range = _MASK
         self._code = int.from_bytes(payload[:4].ljust(4, b"\0"), "big")
 
-    def symbols(self, cumulative: Sequence[int], count: int, stop: int = -1) -> list[int]:
-        """Read up to `count` symbols under one table.
+    def symbols(self, tables: Iterable[Sequence[int]], stop: int = -1) -> list[int]:
+        """Read one symbol under each table.
 
         Args:
-            cumulative: (n + 1,) increasing, from 0 to TOTAL; symbol k owns [cumulative[k], cumulative[k + 1]).
-            count: how many to read, at least 0.
+            tables: cumulative frequencies, each (n + 1,) increasing from 0 to TOTAL; symbol k owns
+                [cumulative[k], cumulative[k + 1]).
             stop: reading ends after this symbol was read (it is returned as the last one); -1 never stops.
 
         Raises:
@@ -85,7 +117,8 @@ class Decoder:
         payload, position, size = self._payload, self._position, len(self._payload)
         range_, code = self._range, self._code
         found: list[int] = []
-        for _ in range(count):
+        append = found.append
+        for cumulative in tables:
             unit = range_ >> PRECISION_BITS
             target = code // unit
             if target >= TOTAL:
@@ -98,7 +131,7 @@ class Decoder:
                 code = (code << 8) | (payload[position] if position < size else 0)
                 position += 1
                 range_ <<= 8
-            found.append(symbol)
+            append(symbol)
             if symbol == stop:
                 break
         self._position, self._range, self._code = position, range_, code
@@ -119,6 +152,27 @@ class Decoder:
             self._range <<= 8
         return value
 
-    def finished(self) -> bool:
-        """Whether the payload ends where its last symbol ends: nothing of it is left unread."""
-        return self._position >= len(self._payload)
+    def escaped(self, first: int, last: int) -> int:
+        """Read the value that `escape` coded.
+
+        Raises:
+            FormatError: it is farther away than any index can be.
+        """
+        below = self.bits(1)
+        length = self.bits(_ESCAPE_LENGTH_BITS)
+        if length > _MAX_ESCAPE_LENGTH:
+            raise FormatError("damaged payload: an escaped index is too large")
+        rest = self.bits(length - 16) << 16 if length > 16 else 0
+        if length:
+            rest |= self.bits(min(length, 16))
+        distance = (1 << length) + rest
+        return first - distance if below else last + distance
+
+    def finish(self) -> None:
+        """End reading.
+
+        Raises:
+            FormatError: bytes of the payload are left unread.
+        """
+        if self._position < len(self._payload):
+            raise FormatError("damaged payload: bytes left over after the last latent")

@@ -1,51 +1,90 @@
 """The codec as a Python object: `Codec.load(folder).encode(image) -> bytes`, `.decode(bytes) -> image`.
 
-image (H, W, 3) uint8 -> pad to a multiple of f -> network -> raw latents -> indices -> payload -> file bytes
+image (H, W, 3) uint8 -> Engine: network -> z, raw -> Coder: indices, payload, container -> file bytes, and back
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from codec import bitstream, model_folder, tables
+from codec import bitstream, model_folder, pictures
+from codec.coding import Coder, Settings
+from codec.engine import AUTO, Engine, EngineConfig
 from codec.errors import ModelError
-from codec.latent_model import LatentModel, decoder_id, load_latent_model
+from codec.latent_model import LatentModel
 from codec.model_folder import ModelFolder
-from codec.pixels import to_float, to_uint8
+from codec.pictures import Picture
+from codec.regions import Region
 
 
 class Codec:
     """One model, ready to encode and decode. Images are coded one by one, so batching can never change the bytes."""
 
-    def __init__(self, folder: ModelFolder, model: LatentModel) -> None:
-        """Join the torch-free part of a folder and its network; `load` does both."""
+    def __init__(self, folder: ModelFolder, engine: Engine, settings: Settings | None = None) -> None:
+        """Join the torch-free part of a folder and its network; `load` does both.
+
+        Args:
+            folder: the torch-free part.
+            engine: the network.
+            settings: how images are coded when `encode` is not told; None = the defaults.
+        """
+        model = engine.model
         if (folder.f, folder.channels) != (model.f, model.channels):
             raise ModelError(
                 f"{folder.path}: codec.json says f {folder.f}, {folder.channels} channels; "
                 f"the network has f {model.f}, {model.channels} channels"
             )
         self._folder = folder
-        self._decoder_id = decoder_id(model.network)
-        self.model = model
-        self.device = next(model.network.parameters()).device
+        self.engine = engine
+        self.settings = settings or Settings()
+        self.coder = Coder(folder, engine.decoder_id)
 
     @classmethod
-    def load(cls, model: str | Path, device: str | torch.device = "cpu") -> "Codec":
+    def load(
+        cls,
+        model: str | Path | ModelFolder,
+        device: str | torch.device = AUTO,
+        *,
+        dtype: str = AUTO,
+        compile: bool = False,
+        memory_bytes: int = 0,
+        local_rank: int = 0,
+        settings: Settings | None = None,
+        notes: Callable[[str], None] = lambda _: None,
+    ) -> "Codec":
         """Load a model folder.
 
         Args:
-            model: a path, or the name of a model found as `codec models` lists them.
-            device: where the network runs.
+            model: a path, the name of a model found as `codec models` lists them, or a folder that was read.
+            device: where the network runs; "auto" takes the first GPU, or else the CPU.
+            dtype: see `codec.engine.EngineConfig`, as are the next two.
+            compile: with torch.compile.
+            memory_bytes: 0 = 40 % of the device's.
+            local_rank: which GPU "auto" means.
+            settings: how images are coded when `encode` is not told; None = the defaults.
+            notes: takes what a user should hear while the network runs, a line each.
 
         Raises:
             ModelError: missing or damaged.
-            UsageError: there is no such device.
+            UsageError: there is no such device, or it has no such type.
         """
-        folder = model_folder.read(model_folder.resolve(model))
-        return cls(folder, load_latent_model(folder.path, device))
+        folder = model if isinstance(model, ModelFolder) else model_folder.read(model_folder.resolve(model))
+        config = EngineConfig(device=str(device), dtype=dtype, compile=compile, memory_bytes=memory_bytes)
+        return cls(folder, Engine.load(folder.path, config, local_rank, notes), settings)
+
+    @property
+    def model(self) -> LatentModel:
+        """The network's adapter."""
+        return self.engine.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self.engine.device
 
     @property
     def name(self) -> str:
@@ -65,7 +104,7 @@ class Codec:
     @property
     def decoder_id(self) -> str:
         """Decoder id of the loaded weights, 16 hex digits; codec.json's goes stale when somebody changes them."""
-        return self._decoder_id
+        return self.engine.decoder_id
 
     def description(self) -> dict[str, Any]:
         """Return what a report should say about the model, as plain JSON values."""
@@ -76,89 +115,99 @@ class Codec:
             "latent_channels": self._folder.channels,
             "stream_id": self.stream_id,
             "decoder_id": self.decoder_id,
-            "dtype": "float32",
-            "device": str(self.device),
+            "effort": self.settings.effort,
+            **self.engine.description(),
         }
 
-    def encode(self, image: np.ndarray, quality: int = bitstream.DEFAULT_QUALITY) -> bytes:
+    def encode(
+        self, image: np.ndarray | Picture, quality: int | None = None, settings: Settings | None = None
+    ) -> bytes:
         """Code one image into the bytes of a whole file (FORMAT.md).
 
         Args:
-            image: (H, W, 3) uint8 sRGB; padded right and bottom by edge pixels to a multiple of f.
-            quality: 0 (coarsest) .. 100 (finest).
+            image: (H, W, 3) uint8 sRGB, padded right and bottom by edge pixels to a multiple of f; or a picture, whose
+                alpha, profile and metadata are kept.
+            quality: 0 (coarsest) .. 100 (finest); None = that of the settings.
+            settings: quality, effort, tiles and entropy modes; None = the codec's own.
 
         Raises:
             ValueError: another dtype, rank or quality.
             FormatError: larger than the format can hold.
         """
-        return self.encode_many(image, [quality])[0]
+        settings = settings or self.settings
+        return self.encode_many(image, [settings.quality if quality is None else quality], settings)[0]
 
-    def encode_many(self, image: np.ndarray, qualities: Sequence[int]) -> list[bytes]:
+    def encode_many(
+        self, image: np.ndarray | Picture, qualities: Sequence[int], settings: Settings | None = None
+    ) -> list[bytes]:
         """Code one image at several qualities; the network runs once. See `encode`."""
-        for quality in qualities:
-            if not 0 <= quality <= 100:
-                raise ValueError(f"quality {quality}, expected 0..100")
-        z = self.latents(image)
-        return [self._code(z, image.shape, quality) for quality in qualities]
+        all_settings = [replace(settings or self.settings, quality=quality) for quality in qualities]
+        picture = image if isinstance(image, Picture) else Picture(pixels=_checked(image))
+        z = self.latents(picture.pixels)
+        height, width = picture.pixels.shape[:2]
+        chunks = pictures.to_chunks(picture)
+        return [self.coder.code(z, width, height, how, chunks).data for how in all_settings]
 
     def latents(self, image: np.ndarray) -> np.ndarray:
         """Return the raw latents of one image: (H, W, 3) uint8 -> (D, h, w) float32, the posterior's mean."""
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"expected uint8 (H, W, 3), got {image.dtype} {image.shape}")
-        height, width = image.shape[:2]
+        height, width = _checked(image).shape[:2]
         bitstream.check_size(width, height)
-        f = self._folder.f
-        padded = np.pad(image, ((0, -height % f), (0, -width % f), (0, 0)), mode="edge")
-        with torch.inference_mode():
-            posterior = self.model.encode(to_float(padded)[None].to(self.device))
-        z: np.ndarray = posterior.mean[0].cpu().numpy()
-        return z
-
-    def _code(self, z: np.ndarray, shape: tuple[int, ...], quality: int) -> bytes:
-        folder = self._folder
-        indices = tables.to_indices(z, folder.mean, folder.step, quality)
-        header = bitstream.Header(
-            stream_id=folder.stream_id,
-            decoder_id=self.decoder_id,
-            quality=quality,
-            width=shape[1],
-            height=shape[0],
-        )
-        return bitstream.pack(header, folder.table_sets[folder.stream_id].encode(indices, quality))
+        return self.engine.encode(image)
 
     def indices(self, data: bytes) -> tuple[bitstream.Header, np.ndarray]:
-        """Read header and integer latents, (D, h, w) int32, of a file; no network runs.
+        """Read header and integer latents, (D, h, w) int32, of a file, every sum checked; no network runs.
 
         Raises:
             FormatError: the bytes are damaged.
             ModelError: the file was made with a stream that this model does not know.
         """
-        header, payload = bitstream.unpack(data)
-        table_set = self._folder.table_sets.get(header.stream_id)
-        if table_set is None:
-            raise ModelError(
-                f"made with another model: it needs stream {header.stream_id}, {self.name} has {self.stream_id}"
-            )
-        f = self._folder.f
-        grid = (-(-header.height // f), -(-header.width // f))
-        return header, table_set.decode(payload, grid, header.quality)
+        contents = bitstream.unpack(data)
+        return contents.header, self.coder.read(contents)
 
     def decode(self, data: bytes) -> np.ndarray:
-        """Decode the bytes of a file to (H, W, 3) uint8, the size of the image that was encoded.
+        """Decode the bytes of a file to its pixels, (H, W, 3) uint8, the size of the image that was encoded.
 
         Raises:
             FormatError: the bytes are damaged.
             ModelError: made with a stream that this model does not know.
         """
         header, indices = self.indices(data)
-        z_q = tables.from_indices(indices, self._folder.mean, self._folder.step, header.quality)
-        return self._pixels(z_q, header.height, header.width)
+        return self.engine.decode(self.coder.dequantise(header, indices), header.height, header.width)
+
+    def decode_picture(self, data: bytes, region: Region | None = None) -> Picture:
+        """Decode the bytes of a file with its alpha, profile and metadata; see `decode`.
+
+        Args:
+            data: the file.
+            region: what of it; None = all.
+
+        Raises:
+            ValueError: the region is not inside the image.
+        """
+        contents = bitstream.unpack(data)
+        header, wanted = contents.header, None
+        if region is not None:
+            region.check(header.width, header.height)
+            wanted = region.latents(header, self.model.receptive_field)
+        z = self.coder.dequantise(header, self.coder.read(contents, wanted))
+        box = None if region is None else region.box
+        return pictures.from_chunks(
+            self.engine.decode(z, header.height, header.width, box), contents.chunks, header, box
+        )
+
+    def rescue(self, data: bytes) -> tuple[Picture, list[str]]:
+        """Decode what is whole of a damaged file; return it and what is lost, a line each. See `Coder.rescue`."""
+        rescued = self.coder.rescue(data)
+        header, damage = rescued.header, [*rescued.damage, *rescued.losses]
+        pixels = self.engine.decode(rescued.z, header.height, header.width)
+        return pictures.from_chunks(pixels, rescued.chunks, header, damage=damage), damage
 
     def reconstruct(self, image: np.ndarray) -> np.ndarray:
         """Return the autoencoder's own reconstruction, latents not quantised: what no quality can exceed."""
-        return self._pixels(self.latents(image), *image.shape[:2])
+        return self.engine.decode(self.latents(image), *image.shape[:2])
 
-    def _pixels(self, z: np.ndarray, height: int, width: int) -> np.ndarray:
-        with torch.inference_mode():
-            x_hat = self.model.decode(torch.from_numpy(z)[None].to(self.device))
-        return np.ascontiguousarray(to_uint8(x_hat[0])[:height, :width])
+
+def _checked(image: np.ndarray) -> np.ndarray:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    return image

@@ -1,257 +1,221 @@
-"""Integer entropy tables: one per quality and latent channel, stored in the model folder, never computed at run time.
+"""Integer entropy tables and reconstruction points: stored in the model folder, never computed at run time.
 
-    z (raw, D channels) -> round((z - mean_c) / (step_c * 2^(-q/16))) = indices -> table (q, c) -> coder -> payload
+    indices (D, h, w) -> RAW | STATIC | CONTEXT, whichever is smallest -> payload -> the same indices -> raw latents
 
-Symbol 0 of every table is the escape; symbol k >= 1 stands for the index `first + k - 1`. FORMAT.md sections 4 and 5
-are the law. Fitting uses floating point; coding and decoding use integers only. Must not import torch.
+FORMAT.md sections 4 and 5 are the law. Fitting uses floating point; coding and decoding use integers only. Must not
+import torch.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
-from codec import rangecoder
+from codec import fitting, packed
+from codec.context import ContextTables
 from codec.errors import FormatError, ModelError
+from codec.quantiser import (
+    INDEX_LIMIT,
+    QUALITIES,
+    QUALITY_PER_OCTAVE,
+    entropy_bits,
+    from_steps,
+    step_scale,
+    to_indices,
+)
+from codec.static import StaticTables
 
-QUALITIES = 101  # q = 0 (coarsest) .. 100 (finest)
-QUALITY_PER_OCTAVE = 16  # the step halves every 16 units of q
-INDEX_LIMIT = 1 << 20  # |index| <= this; latents beyond it are clamped by the encoder
-_TABLE_LIMIT = 255  # indices beyond +-this go through the escape
-_ESCAPE_LENGTH_BITS = 5
-
-
-def step_scale(quality: int) -> float:
-    """Return 2^(-q/16), which multiplies the per-channel steps (1 at q = 0, 0.0131 at q = 100)."""
-    return float(2.0 ** (-quality / QUALITY_PER_OCTAVE))
-
-
-def to_indices(z: np.ndarray, mean: np.ndarray, step: np.ndarray, quality: int) -> np.ndarray:
-    """Quantise raw latents.
-
-    Args:
-        z: (D, ...) float raw latents.
-        mean: (D,) float32.
-        step: (D,) float32, the step at q = 0.
-        quality: 0..100.
-
-    Returns:
-        (D, ...) int32, round half to even, clamped to +-INDEX_LIMIT.
-
-    Raises:
-        ValueError: z holds a value that is not finite.
-    """
-    if not np.isfinite(z).all():
-        raise ValueError("latents are not finite")
-    shape = (-1,) + (1,) * (z.ndim - 1)
-    scaled = (z.astype(np.float64) - mean.reshape(shape)) / (
-        step.astype(np.float64).reshape(shape) * step_scale(quality)
-    )
-    indices: np.ndarray = np.clip(np.rint(scaled), -INDEX_LIMIT, INDEX_LIMIT).astype(np.int32)
-    return indices
+__all__ = [
+    "INDEX_LIMIT",
+    "QUALITIES",
+    "QUALITY_PER_OCTAVE",
+    "Mode",
+    "TableSet",
+    "entropy_bits",
+    "fit",
+    "step_scale",
+    "to_indices",
+]
 
 
-def from_indices(indices: np.ndarray, mean: np.ndarray, step: np.ndarray, quality: int) -> np.ndarray:
-    """Return the raw latents z_q, (D, ...) float32, that indices stand for."""
-    shape = (-1,) + (1,) * (indices.ndim - 1)
-    scale = step.astype(np.float64).reshape(shape) * step_scale(quality)
-    z_q: np.ndarray = (indices * scale + mean.reshape(shape)).astype(np.float32)
-    return z_q
+class Mode(IntEnum):
+    """How a payload is coded; the number stands in the file."""
+
+    RAW = 0
+    STATIC = 1
+    CONTEXT = 2
+
+
+# The tensors of a table set in the order in which they are hashed, and their types on file.
+_PARTS = {
+    "first": "<i4",
+    "offsets": "<i4",
+    "frequencies": "<u2",
+    "context_weights": "<i2",
+    "context_thresholds": "<i4",
+    "context_reach": "<i4",
+    "context_frequencies": "<u2",
+    "points": "|i1",
+}
 
 
 @dataclass(frozen=True)
 class TableSet:
-    """All tables of one stream: for quality q and channel c the slice `offsets[q * D + c] : offsets[q * D + c + 1]`.
+    """All that a stream needs besides mean and step.
 
     Attributes:
-        first: (QUALITIES * D,) int32, the index that symbol 1 of each table stands for.
-        offsets: (QUALITIES * D + 1,) int32, where each table starts in `frequencies`.
-        frequencies: uint16, each >= 1; the slice of a table sums to 65536.
+        static: one table per quality and channel.
+        context: weights per quality and channel, and the tables that they choose from.
+        points: (QUALITIES, D, 2 * POINT_REACH + 1) int8, how far above its index a reconstructed latent lies, in 1/128
+            of a step, for the indices <= -3, -2, -1, 0, 1, 2, >= 3.
     """
 
-    first: np.ndarray
-    offsets: np.ndarray
-    frequencies: np.ndarray
+    static: StaticTables
+    context: ContextTables
+    points: np.ndarray
 
     def __post_init__(self) -> None:
-        if (
-            self.first.size % QUALITIES
-            or self.offsets.size != self.first.size + 1
-            or int(self.offsets[0]) != 0
-            or int(self.offsets[-1]) != self.frequencies.size
-            or bool((np.diff(self.offsets) < 2).any())
-            or bool((self.frequencies < 1).any())
-            or bool((np.add.reduceat(self.frequencies.astype(np.int64), self.offsets[:-1]) != rangecoder.TOTAL).any())
+        channels = self.static.channels
+        if self.context.channels != channels or self.points.shape != (
+            QUALITIES,
+            channels,
+            2 * fitting.POINT_REACH + 1,
         ):
-            raise ModelError("entropy tables are damaged: every table must sum to 65536 with no zero frequency")
+            raise ModelError("entropy tables are damaged: their parts are not of one number of channels")
 
     @property
     def channels(self) -> int:
         """D, the number of latent channels."""
-        return self.first.size // QUALITIES
+        return self.static.channels
 
-    def table(self, quality: int, channel: int) -> tuple[int, np.ndarray]:
-        """Return (first, cumulative) of one table; cumulative is (n + 1,) int64 from 0 to 65536."""
-        i = quality * self.channels + channel
-        frequencies = self.frequencies[self.offsets[i] : self.offsets[i + 1]].astype(np.int64)
-        return int(self.first[i]), np.concatenate([[0], np.cumsum(frequencies)])
+    def encode(self, indices: np.ndarray, quality: int, modes: Sequence[Mode] = tuple(Mode)) -> tuple[Mode, bytes]:
+        """Code integer latents in the mode that takes the fewest bytes.
 
-    def encode(self, indices: np.ndarray, quality: int) -> bytes:
-        """Code integer latents, (D, h, w) int32, channel by channel in raster order."""
-        return rangecoder.encode(self._intervals(indices, quality))
+        Args:
+            indices: (D, h, w) int32 within +-INDEX_LIMIT, h, w >= 1.
+            quality: 0..100.
+            modes: those to choose from, at least one.
 
-    def _intervals(self, indices: np.ndarray, quality: int) -> Iterator[tuple[int, int]]:
-        for channel, plane in enumerate(indices):
-            first, cumulative = self.table(quality, channel)
-            values = plane.reshape(-1)
-            symbols = values - first + 1
-            symbols[(symbols < 1) | (symbols > cumulative.size - 2)] = 0
-            starts = cumulative[symbols].tolist()
-            sizes = np.diff(cumulative)[symbols].tolist()
-            escapes = np.flatnonzero(symbols == 0).tolist()
-            begin = 0
-            for at in escapes:
-                yield from zip(starts[begin : at + 1], sizes[begin : at + 1], strict=True)
-                yield from _escape_intervals(int(values[at]), first, first + cumulative.size - 3)
-                begin = at + 1
-            yield from zip(starts[begin:], sizes[begin:], strict=True)
+        Returns:
+            The mode, the lowest of equals, and the payload.
+        """
+        coders = {Mode.STATIC: self.static.encode, Mode.CONTEXT: self.context.encode}
+        coded = [
+            (mode, packed.encode(indices) if mode is Mode.RAW else coders[mode](indices, quality))
+            for mode in sorted(modes)
+        ]
+        return min(coded, key=lambda pair: len(pair[1]))
 
-    def decode(self, payload: bytes, shape: tuple[int, int], quality: int) -> np.ndarray:
+    def decode(self, mode: int, payload: bytes, shape: tuple[int, int], quality: int) -> np.ndarray:
         """Read integer latents back.
 
         Args:
+            mode: of `Mode`.
             payload: what `encode` returned.
             shape: (h, w) of the latent grid.
             quality: 0..100.
 
         Returns:
-            (D, h, w) int32.
+            (D, h, w) int32 within +-INDEX_LIMIT.
 
         Raises:
-            FormatError: the payload is damaged (a CRC over the file finds this first).
+            FormatError: there is no such mode, or the payload is damaged (a CRC over the file finds this first).
         """
-        decoder = rangecoder.Decoder(payload)
-        count = shape[0] * shape[1]
-        planes = []
-        for channel in range(self.channels):
-            first, cumulative = self.table(quality, channel)
-            last = first + cumulative.size - 3
-            bounds = cumulative.tolist()
-            plane: list[int] = []
-            while len(plane) < count:
-                symbols = decoder.symbols(bounds, count - len(plane), stop=0)
-                escaped = symbols[-1] == 0
-                plane += [symbol + first - 1 for symbol in symbols]
-                if escaped:
-                    plane[-1] = _read_escape(decoder, first, last)
-            planes.append(np.array(plane, dtype=np.int32).reshape(shape))
-        if not decoder.finished():
-            raise FormatError("damaged payload: bytes left over after the last latent")
-        return np.stack(planes)
+        if mode == Mode.RAW:
+            return packed.decode(payload, self.channels, shape)
+        if mode == Mode.STATIC:
+            return self.static.decode(payload, shape, quality)
+        if mode == Mode.CONTEXT:
+            return self.context.decode(payload, shape, quality)
+        raise FormatError(f"unknown coding mode {mode}, expected 0, 1 or 2")
 
-    def bits(self, indices: np.ndarray, quality: int) -> float:
-        """Return the ideal code length of (D, h, w) integer latents under these tables, in bits, escapes included."""
-        total = 0.0
-        for channel, plane in enumerate(indices):
-            first, cumulative = self.table(quality, channel)
-            symbols = plane.reshape(-1) - first + 1
-            escaped = (symbols < 1) | (symbols > cumulative.size - 2)
-            sizes = np.diff(cumulative)[np.where(escaped, 0, symbols)]
-            total += float((rangecoder.PRECISION_BITS - np.log2(sizes)).sum())
-            for value in plane.reshape(-1)[escaped].tolist():
-                pairs = _escape_intervals(value, first, first + cumulative.size - 3)
-                total += sum(rangecoder.PRECISION_BITS - float(np.log2(size)) for _, size in pairs)
-        return total
+    def bits(self, indices: np.ndarray, quality: int, mode: Mode) -> float:
+        """Return the ideal code length of (D, h, w) integer latents in a mode, in bits, escapes included."""
+        if mode is Mode.RAW:
+            return float(packed.size_bits(indices))
+        return float((self.static if mode is Mode.STATIC else self.context).bits(indices, quality).sum())
+
+    def dequantise(self, indices: np.ndarray, quality: int, mean: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """Return the raw latents that indices stand for: on the way to the centroid of what is rounded to each.
+
+        Args:
+            indices: (D, ...) int32.
+            quality: 0..100.
+            mean: (D,) float32.
+            step: (D,) float32, the step at q = 0.
+
+        Returns:
+            (D, ...) float32.
+        """
+        return from_steps(self.centroids(indices, quality) / fitting.POINT_UNIT, mean, step, quality)
+
+    def centroids(self, indices: np.ndarray, quality: int) -> np.ndarray:
+        """Return what indices stand for, (D, ...) int64 in 1/128 of a step."""
+        reach = fitting.POINT_REACH
+        flat = indices.reshape(indices.shape[0], -1)
+        offsets = np.take_along_axis(self.points[quality], np.clip(flat, -reach, reach) + reach, axis=1)
+        centroids: np.ndarray = flat.astype(np.int64) * fitting.POINT_UNIT + offsets
+        return centroids.reshape(indices.shape)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Return all arrays by name, for `from_tensors` and the model folder."""
+        return {
+            "first": self.static.first,
+            "offsets": self.static.offsets,
+            "frequencies": self.static.frequencies,
+            "context_weights": self.context.weights,
+            "context_thresholds": self.context.thresholds,
+            "context_reach": self.context.reach,
+            "context_frequencies": self.context.frequencies,
+            "points": self.points,
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> "TableSet":
+        """Make a table set of what `tensors` returned.
+
+        Raises:
+            KeyError: a part is missing.
+            ModelError: the parts are damaged.
+        """
+        parts = {name: tensors[name] for name in _PARTS}
+        for name, dtype in _PARTS.items():
+            if parts[name].dtype != np.dtype(dtype):
+                raise ModelError(f"entropy tables are damaged: {name} is {parts[name].dtype}, expected {dtype}")
+        return cls(
+            StaticTables(*(parts[name] for name in ("first", "offsets", "frequencies"))),
+            ContextTables(
+                *(parts[f"context_{name}"] for name in ("weights", "thresholds", "reach", "frequencies")),
+            ),
+            parts["points"],
+        )
 
     def digest(self, mean: np.ndarray, step: np.ndarray) -> str:
         """Return the stream id (16 hex digits) of this table set with a mean and step; FORMAT.md section 3."""
-        sha = hashlib.sha256(b"latent-codec stream 0")
-        for array, dtype in (
-            (mean, "<f4"),
-            (step, "<f4"),
-            (self.first, "<i4"),
-            (self.offsets, "<i4"),
-            (self.frequencies, "<u2"),
-        ):
-            sha.update(np.uint32(array.size).tobytes())
+        sha = hashlib.sha256(b"latent-codec stream 1")
+        parts = self.tensors()
+        arrays = [(mean, "<f4"), (step, "<f4"), *((parts[name], dtype) for name, dtype in _PARTS.items())]
+        for array, dtype in arrays:
+            sha.update(np.uint32(array.size).astype("<u4").tobytes())
             sha.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
         return sha.hexdigest()[:16]
 
 
-def _escape_intervals(value: int, first: int, last: int) -> list[tuple[int, int]]:
-    """Intervals of an index outside [first, last]: 1 bit below/above, 5 bits length, then that many bits."""
-    below = value < first
-    distance = (first - value) if below else (value - last)  # >= 1
-    length = distance.bit_length() - 1
-    fields = [(int(below), 1), (length, _ESCAPE_LENGTH_BITS)]
-    rest = distance - (1 << length)
-    low_bits = min(length, 16)
-    if length > 16:
-        fields.append((rest >> 16, length - 16))
-    if low_bits:
-        fields.append((rest & ((1 << low_bits) - 1), low_bits))
-    return [(number << (16 - width), 1 << (16 - width)) for number, width in fields]
-
-
-def _read_escape(decoder: rangecoder.Decoder, first: int, last: int) -> int:
-    below = decoder.bits(1)
-    length = decoder.bits(_ESCAPE_LENGTH_BITS)
-    if length > INDEX_LIMIT.bit_length():
-        raise FormatError("damaged payload: an escaped index is too large")
-    rest = decoder.bits(length - 16) << 16 if length > 16 else 0
-    low_bits = min(length, 16)
-    if low_bits:
-        rest |= decoder.bits(low_bits)
-    distance = (1 << length) + rest
-    return first - distance if below else last + distance
-
-
-def fit(z: np.ndarray, mean: np.ndarray, step: np.ndarray) -> TableSet:
-    """Fit the tables of every quality to raw latents of training images.
+def fit(grids: Sequence[np.ndarray], mean: np.ndarray, step: np.ndarray) -> TableSet:
+    """Fit a table set to latents of training images; a refit of a model adds its result to the folder's table sets.
 
     Args:
-        z: (D, N) float32 raw latents, N >= 1.
+        grids: (D, h, w) float32 raw latents each, at least one, of any size: parts of images, in random order.
         mean: (D,) float32.
         step: (D,) float32, the step at q = 0.
 
-    Returns:
-        Tables from the counts of each index plus 1/2 (Krichevsky and Trofimov 1981), the escape included.
+    Raises:
+        ValueError: a latent is not finite.
     """
-    firsts, tables = [], []
-    for quality in range(QUALITIES):
-        indices = np.clip(to_indices(z, mean, step, quality), -_TABLE_LIMIT - 1, _TABLE_LIMIT + 1)
-        for plane in indices:
-            counts = np.bincount(plane + _TABLE_LIMIT + 1, minlength=2 * _TABLE_LIMIT + 3)
-            escaped = counts[0] + counts[-1]
-            seen = np.flatnonzero(counts[1:-1])
-            low, high = (int(seen[0]), int(seen[-1])) if seen.size else (_TABLE_LIMIT, _TABLE_LIMIT)
-            firsts.append(low - _TABLE_LIMIT)
-            tables.append(_normalize(np.concatenate([[escaped], counts[1:-1][low : high + 1]]) + 0.5))
-    offsets = np.cumsum([0] + [table.size for table in tables])
-    return TableSet(
-        first=np.array(firsts, dtype=np.int32),
-        offsets=offsets.astype(np.int32),
-        frequencies=np.concatenate(tables),
-    )
-
-
-def _normalize(weights: np.ndarray) -> np.ndarray:
-    """Scale positive weights to uint16 frequencies that are >= 1 and sum to 65536 (largest remainders get the rest)."""
-    spare = rangecoder.TOTAL - weights.size
-    exact = weights / weights.sum() * spare
-    frequencies = np.floor(exact).astype(np.int64)
-    rest = spare - int(frequencies.sum())
-    order = np.argsort(-(exact - frequencies), kind="stable")
-    frequencies[order[:rest]] += 1
-    result: np.ndarray = (frequencies + 1).astype(np.uint16)
-    return result
-
-
-def entropy_bits(z: np.ndarray, mean: np.ndarray, step: np.ndarray, quality: int) -> float:
-    """Return the order-0 entropy of quantised (D, N) latents in bits per column: sum over channels, mean over N."""
-    total = 0.0
-    for plane in to_indices(z, mean, step, quality):
-        counts = np.unique(plane, return_counts=True)[1].astype(np.float64)
-        total -= float((counts / plane.size * np.log2(counts / plane.size)).sum())
-    return total
+    z = np.concatenate([grid.reshape(grid.shape[0], -1) for grid in grids], axis=1)
+    if not np.isfinite(z).all():
+        raise ValueError("latents are not finite")
+    static, points = fitting.static_tables(z, mean, step)
+    return TableSet(static, fitting.context_tables(grids, mean, step), points)

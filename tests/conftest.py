@@ -71,8 +71,8 @@ def make_model(path: Path, seed: int = 0, channels: int = 4) -> Path:
     ).eval()
     network.save_pretrained(path)
     with torch.no_grad():
-        z = KLModel(network).encode(to_float(photo(64, 64))[None]).mean[0].numpy().reshape(channels, -1)
-    mean, step = z.mean(axis=1), 4 * z.std(axis=1)
+        z = KLModel(network).encode(to_float(photo(64, 64))[None]).mean[0].numpy()
+    mean, step = z.mean(axis=(1, 2)), 4 * z.std(axis=(1, 2))
     info = {
         "name": path.name,
         "family": "kl",
@@ -80,7 +80,7 @@ def make_model(path: Path, seed: int = 0, channels: int = 4) -> Path:
         "latent_channels": channels,
         "decoder_id": decoder_id(network),
     }
-    model_folder.write(path, info=info, mean=mean, step=step, table_sets=[tables.fit(z, mean, step)])
+    model_folder.write(path, info=info, mean=mean, step=step, table_sets=[tables.fit([z], mean, step)])
     return path
 
 

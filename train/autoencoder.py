@@ -386,7 +386,7 @@ class AutoencoderTask:
         return measure(_unwrapped(module), samples, self.loss, self._config.data.validation_crop, device)
 
     def export(self, module: nn.Module, out: Path, record: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        """See `train.task.Task.export`; with a rate model the figures hold the estimated rate beside the real one."""
+        """See `train.task.Task.export`; with a rate model the figures hold its estimate, of STATIC mode."""
         parts = _unwrapped(module)
         figures = export_model(
             parts.network,
@@ -397,7 +397,6 @@ class AutoencoderTask:
             record=record,
             device=device,
             step=None if parts.rate is None else parts.rate.step.cpu().numpy(),
-            keep_scaling=self._decoder_only,
             discriminator=self.critic if self._config.adversarial.export else None,
         )
         if parts.rate is not None and "by_quality" in figures:

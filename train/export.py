@@ -25,6 +25,7 @@ from codec import console, model_folder, tables
 from codec.errors import ModelError, UsageError
 from codec.files import write_atomic
 from codec.latent_model import LatentModel, decoder_id, latent_model
+from codec.model_folder import ModelFolder
 from codec.pixels import to_float
 from codec.runtime import Codec
 from codec.shards import SampleRef
@@ -33,11 +34,12 @@ from eval.metrics import psnr
 from train.card import model_card
 from train.config import Config
 from train.data import whole_images
-from train.networks import keeps_latents
+from train.networks import decoder_only, keeps_latents
 
 STATISTICS_SIDE = 1024  # pixels
 _COARSEST_BPP = 0.08  # the rate at q = 0
 _MAX_TABLE_LATENTS = 1_000_000  # positions per channel that tables are fitted to
+_MIN_GRID_SIDE = 16  # latents; a smaller part of an image says too little of neighbours
 _MAX_RATE_LATENTS = 200_000  # positions that the coarsest rate is measured on
 _FP16_LIMIT = 65504 / 4  # an activation beyond this leaves no room for unusual images
 _MAX_RANGE_IMAGES = 16
@@ -55,10 +57,13 @@ def export_model(
     record: Mapping[str, Any],
     device: torch.device,
     step: np.ndarray | None = None,
-    keep_scaling: bool = False,
     discriminator: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Write the model folder.
+
+    When the latents are another model's (`train.networks.keeps_latents`), the network's scaling_factor and shift_factor
+    stay as they are; else both are measured. A decoder that was trained alone keeps its base's mean, steps and tables
+    too, where the base has some and no steps were learned: so it decodes the base's files.
 
     Args:
         network: a diffusers autoencoder that `codec.latent_model` has an adapter for; float32, evaluation mode.
@@ -69,8 +74,6 @@ def export_model(
         record: see `train.task.Task.export`; `record["losses"]` names all losses, the adversarial one too.
         device: where `network` lies.
         step: (D,) float32, learned steps at q = 0; None = measured, see `coarsest_step`.
-        keep_scaling: leave the network's scaling_factor and shift_factor as they are; when the latents are another
-            model's (`train.networks.keeps_latents`) that is done without asking; else both are measured.
         discriminator: written too, with its `config`, so that a later run need not start with a cold one.
 
     Returns:
@@ -83,18 +86,24 @@ def export_model(
     order = np.random.default_rng(0).permutation(len(training))[: config.export.statistics_images]
     bad: list[tuple[str, str]] = []
     measured = measure(model, [training[i] for i in order], device, bad, step)
-    summary, step = measured.summary, measured.step
-    keep = keep_scaling or keeps_latents(config.model)
+    measured_step, summary, step = step is None, measured.summary, measured.step
+    keep = keeps_latents(config.model)
     _write_network(network, out, config, measured, keep)
     if discriminator is not None:
         _write_discriminator(discriminator, out / _DISCRIMINATOR)
     model = latent_model(network)  # with the new normalisation
-    fitted = tables.fit(measured.z, summary.mean.astype(np.float32), step)
+    mean, table_sets = summary.mean.astype(np.float32), []
+    base = _base(config) if measured_step else None
+    if base is not None:
+        mean, step, table_sets = base.mean, base.step, list(base.table_sets.values())
+    else:
+        table_sets = [tables.fit(measured.grids, mean, step)]
     info = {
         "name": config.export.name or Path(config.run.out).resolve().name,
         "family": model.family,
         "f": model.f,
         "latent_channels": model.channels,
+        "receptive_field": model.receptive_field,
         "decoder_id": decoder_id(network),
         "scaling_factor": model.scaling_factor,
         "shift_factor": model.shift_factor,
@@ -104,8 +113,8 @@ def export_model(
             **record,
         },
     }
-    model_folder.write(out, info=info, mean=summary.mean, step=step, table_sets=[fitted])
-    figures = _check(Codec.load(out, device), validation, bad) | {"n_bad_samples": len(bad)}
+    model_folder.write(out, info=info, mean=mean, step=step, table_sets=table_sets)
+    figures = _check(Codec.load(out, device, dtype="float32"), validation, bad) | {"n_bad_samples": len(bad)}
     for key, reason in bad:
         console.error(f"sample {key}: {reason} (left out of the model's statistics)")
     card = model_card(
@@ -114,6 +123,14 @@ def export_model(
     write_atomic(out / "README.md", card.encode())
     _write_fixture(model, out.parent / "fixture.safetensors", device)
     return figures
+
+
+def _base(config: Config) -> ModelFolder | None:
+    """Return the codec's part of the model whose decoder alone was trained; None where there is none."""
+    folder = Path(config.model.init_from)
+    if decoder_only(config.model) and config.model.init_from and model_folder.is_model_folder(folder):
+        return model_folder.read(folder)
+    return None
 
 
 def _describe_data(config: Config, n_training: int, n_validation: int) -> str:
@@ -147,13 +164,13 @@ class Measured:
     Attributes:
         summary: moments of the raw latents.
         step: (D,) float32, the quantiser's steps at q = 0.
-        z: (D, N) float32, a sample of raw latents.
+        grids: (D, h, w) float32 each, parts of the images' raw latents, in random order.
         largest_activation: the largest magnitude inside the network.
     """
 
     summary: LatentSummary
     step: np.ndarray
-    z: np.ndarray
+    grids: list[np.ndarray]
     largest_activation: float
 
 
@@ -192,19 +209,27 @@ def measure(
             else:
                 posterior = model.encode(x)
         statistics.update(posterior)
-        flat = posterior.mean[0].cpu().numpy().reshape(model.channels, -1)
-        kept.append(rng.permutation(flat, axis=1)[:, :per_image] if flat.shape[1] > per_image else flat)
+        kept.append(_part(posterior.mean[0].cpu().numpy(), per_image, rng))
     if not kept:
         raise UsageError(f"none of {len(samples)} training images can be read; the first: {bad[0][1]}")
-    z = np.concatenate(kept, axis=1)
     summary = statistics.summary()
     if not summary.std.max() > 1e-8:  # not the global one, which constants that differ by channel would pass
         raise UsageError("the latents of the training images do not vary: the model has collapsed")
     if step is None:
+        z = np.concatenate([grid.reshape(model.channels, -1) for grid in kept], axis=1)
         step = coarsest_step(z, summary, model.f)
     assert step.shape == (model.channels,)
     assert (step > 0).all()
-    return Measured(summary, step.astype(np.float32), z, largest)
+    return Measured(summary, step.astype(np.float32), kept, largest)
+
+
+def _part(z: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
+    """Cut a random rectangle of about `limit` positions, as wide for its height as the whole, out of (D, h, w)."""
+    height, width = z.shape[1:]
+    share = min(1.0, float(np.sqrt(limit / (height * width))))
+    sides = [min(side, max(_MIN_GRID_SIDE, round(side * share))) for side in (height, width)]
+    top, left = (int(rng.integers(whole - side + 1)) for whole, side in zip((height, width), sides, strict=True))
+    return z[:, top : top + sides[0], left : left + sides[1]].copy()
 
 
 def coarsest_step(z: np.ndarray, summary: LatentSummary, f: int) -> np.ndarray:

@@ -91,7 +91,7 @@ def estimated_bpp(rate: RateModel, z: torch.Tensor, f: int, quality: float, mean
 def estimated_rates(
     parts: AutoencoderModule, samples: Sequence[SampleRef], folder: Path, qualities: Iterable[int], device: torch.device
 ) -> dict[int, float]:
-    """Return the estimated bits per pixel of whole images at each quality, mean over the images.
+    """Return the estimated bits per pixel of whole images at each quality in STATIC mode, mean over the images.
 
     Args:
         parts: network and rate model.

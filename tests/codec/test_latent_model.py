@@ -58,8 +58,8 @@ def test_tiny_is_its_network_with_our_names() -> None:
         assert torch.equal(model.decode(posterior.mean), network.decode(posterior.mean).sample)
 
 
-@pytest.mark.parametrize(("network", "moments"), [(kl(), 8), (tiny(), 5)])
-def test_adapters_serve_training(network: Any, moments: int) -> None:
+@pytest.mark.parametrize("network", [kl(), tiny()])
+def test_adapters_serve_training(network: Any) -> None:
     network.train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     model = latent_model(network)
@@ -71,7 +71,7 @@ def test_adapters_serve_training(network: Any, moments: int) -> None:
     assert all(parameter.grad is not None for parameter in network.encoder.parameters())
     assert network.training
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
-    assert (model.encoder_out.weight.shape[0], model.decoder_out.weight.shape[0]) == (moments, 3)
+    assert model.decoder_out.weight.shape[0] == 3
 
 
 def reach(network: AutoencoderTiny, f: int) -> int:

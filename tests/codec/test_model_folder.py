@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from codec import model_folder
+from codec import model_folder, tables
 from codec.errors import ModelError
 from codec.latent_model import decoder_id
 
@@ -43,9 +43,12 @@ def test_damage_is_a_model_error_that_names_the_folder(model_dir: Path, tmp_path
     cases: dict[str, Callable[[], object]] = {
         "no codec.json": (folder / "codec.json").unlink,
         "folder version 9": lambda: (folder / "codec.json").write_text(json.dumps(info | {"folder_version": 9})),
+        "folder version 0, .*: export the model again": lambda: (folder / "codec.json").write_text(
+            json.dumps(info | {"folder_version": 0})
+        ),
         "stream id": lambda: (folder / "codec.json").write_text(json.dumps(info | {"stream_ids": ["0" * 16]})),
         "no entropy tables": lambda: (folder / "codec.json").write_text(json.dumps(info | {"stream_ids": []})),
-        "KeyError": lambda: (folder / "codec.json").write_text(json.dumps({"folder_version": 0})),
+        "KeyError": lambda: (folder / "codec.json").write_text(json.dumps({"folder_version": 1})),
         "damaged model folder": lambda: (folder / "codec.json").write_text("{"),
     }
     for message, damage in cases.items():
@@ -64,14 +67,16 @@ def test_a_refit_adds_a_table_set_and_the_old_stream_stays_known(model_dir: Path
     shutil.copytree(model_dir, folder)
     before = model_folder.read(folder)
     old = before.table_sets[before.stream_id]
-    changed = old.frequencies.copy()
-    at = int(np.argmax(changed[: old.offsets[1]]))
-    changed[at] -= 1
-    changed[at - 1] += 1
-    refitted = type(old)(old.first, old.offsets, changed)
-    after = model_folder.write(folder, info=before.info, mean=before.mean, step=before.step, table_sets=[old, refitted])
-    assert next(iter(after.table_sets)) == before.stream_id
+    refitted = type(old)(old.static, old.context, old.points + np.int8(1))
+    after = model_folder.add_tables(folder, refitted)
+    assert list(after.table_sets) == [before.stream_id, refitted.digest(before.mean, before.step)]
     assert after.stream_id != before.stream_id
+    assert after.info["decoder_id"] == before.info["decoder_id"]
+    with pytest.raises(ValueError, match="already"):
+        model_folder.add_tables(folder, refitted)
+    of_one = tables.fit([np.zeros((1, 2, 2), np.float32)], np.zeros(1, np.float32), np.ones(1, np.float32))
+    with pytest.raises(ModelError, match="4 channels, the tables have 1"):
+        model_folder.add_tables(folder, of_one)
 
 
 def test_models_are_found_by_name_in_the_folders_of_the_variable(

@@ -26,10 +26,33 @@ def test_round_trip_of_random_symbols_under_alternating_tables(seed: int) -> Non
     flat = rng.integers(0, 256, size=rng.integers(0, 300)).tolist()
     payload = rangecoder.encode(intervals(skewed, SKEWED) + intervals(flat, FLAT) + intervals(rare, SKEWED))
     decoder = rangecoder.Decoder(payload)
-    assert decoder.symbols(SKEWED, len(skewed)) == skewed
-    assert decoder.symbols(FLAT, len(flat)) == flat
-    assert decoder.symbols(SKEWED, len(rare)) == rare
-    assert decoder.finished()
+    assert decoder.symbols([SKEWED] * len(skewed) + [FLAT] * len(flat)) == skewed + flat
+    assert decoder.symbols([SKEWED] * len(rare)) == rare
+    decoder.finish()
+
+
+def test_reading_stops_behind_the_symbol_that_stops_it() -> None:
+    symbols = [2, 3, 0, 4, 2]
+    decoder = rangecoder.Decoder(rangecoder.encode(intervals(symbols, SKEWED)))
+    assert decoder.symbols([SKEWED] * 5, stop=0) == [2, 3, 0]
+    assert decoder.symbols([SKEWED] * 2, stop=0) == [4, 2]
+    decoder.finish()
+
+
+@pytest.mark.parametrize(("first", "last"), [(-3, 5), (0, 0), (-(2**20), 7)])
+def test_escaped_numbers_come_back(first: int, last: int) -> None:
+    near = [distance << n for n in range(22) for distance in (1,)] + [3, 100, 2**16 + 1, 2**20 - 1, 2**22 - 1]
+    values = [last + d for d in near] + [first - d for d in near]
+    pairs = [pair for value in values for pair in rangecoder.escape(value, first, last)]
+    assert all(start + size <= rangecoder.TOTAL and size >= 1 for start, size in pairs)
+    decoder = rangecoder.Decoder(rangecoder.encode(pairs))
+    assert [decoder.escaped(first, last) for _ in values] == values
+
+
+def test_an_escaped_number_beyond_all_distances_is_a_format_error() -> None:
+    payload = rangecoder.encode([rangecoder.field(0, 1), rangecoder.field(23, 5)])
+    with pytest.raises(FormatError, match="too large"):
+        rangecoder.Decoder(payload).escaped(-1, 1)
 
 
 def test_a_carry_runs_through_bytes_of_ff() -> None:
@@ -39,7 +62,7 @@ def test_a_carry_runs_through_bytes_of_ff() -> None:
         coded = [last] * 6 + [(tail, 1)] * 3
         decoder = rangecoder.Decoder(rangecoder.encode(coded))
         every = list(range(rangecoder.TOTAL + 1))
-        assert decoder.symbols(every, 9) == [start for start, _ in coded]
+        assert decoder.symbols([every] * 9) == [start for start, _ in coded]
 
 
 def test_size_is_within_a_byte_or_two_of_the_ideal_code_length() -> None:
@@ -52,7 +75,15 @@ def test_size_is_within_a_byte_or_two_of_the_ideal_code_length() -> None:
 
 def test_no_symbols_no_bytes() -> None:
     assert rangecoder.encode([]) == b""
-    assert rangecoder.Decoder(b"").finished()
+    rangecoder.Decoder(b"").finish()
+
+
+@pytest.mark.parametrize(("payload", "message"), [(b"\x80\0", "zero byte"), (b"\x80\0\0\0\x01\x01", "left over")])
+def test_a_payload_that_is_too_long_is_a_format_error(payload: bytes, message: str) -> None:
+    with pytest.raises(FormatError, match=message):  # noqa: PT012 - either may find it
+        decoder = rangecoder.Decoder(payload)
+        decoder.symbols([FLAT])
+        decoder.finish()
 
 
 def test_known_bytes() -> None:
@@ -63,6 +94,6 @@ def test_known_bytes() -> None:
 
 def test_a_position_outside_the_scale_is_a_format_error() -> None:
     with pytest.raises(FormatError, match="left its scale"):
-        rangecoder.Decoder(b"\xff\xff\xff\xff").symbols(FLAT, 1)
+        rangecoder.Decoder(b"\xff\xff\xff\xff").symbols([FLAT])
     with pytest.raises(FormatError, match="left its scale"):
         rangecoder.Decoder(b"\xff\xff\xff\xff").bits(16)

@@ -19,7 +19,7 @@ from codec.shards import read_index
 from tests.conftest import photo
 from train.config import Config, DataConfig, ExportConfig, ModelConfig, RunConfig
 from train.data import split
-from train.export import export_model, load_discriminator_state
+from train.export import _part, export_model, load_discriminator_state
 from train.loss_config import AdversarialConfig, KLConfig
 from train.networks import build_network
 
@@ -38,14 +38,20 @@ class Critic(nn.Module):
 
 
 def export(
-    network: nn.Module, model: ModelConfig, shards: Path, out: Path, config: Config | None = None, **how: Any
+    network: nn.Module,
+    model: ModelConfig,
+    shards: Path,
+    out: Path,
+    config: Config | None = None,
+    images: int = 6,
+    **how: Any,
 ) -> dict[str, Any]:
     config = replace(
         config or Config(kl=KLConfig(weight=0)),
         model=model,
         data=DataConfig(shards=str(shards), crop=64, n_validation=2),
         run=RunConfig(out=str(out.parent)),
-        export=ExportConfig(statistics_images=6),
+        export=ExportConfig(statistics_images=images),
     )
     training, validation = split(read_index(shards), 2)
     network.eval()
@@ -129,12 +135,32 @@ def test_a_decoder_keeps_the_normalisation_of_its_base(shards: Path, tmp_path: P
     assert "1 / standard deviation" in (out / "README.md").read_text()
 
 
-def test_keep_scaling_and_a_teacher_keep_it_too(shards: Path, tmp_path: Path) -> None:
-    taught = replace(TINY, teacher="some/teacher")
-    for n, (model, how) in enumerate([(taught, {}), (TINY, {"keep_scaling": True})]):
-        export(build_network(TINY), model, shards, tmp_path / str(n) / "model", **how)
-        after = settings(tmp_path / str(n) / "model")
-        assert (after["scaling_factor"], after["shift_factor"]) == (1.0, 0.0)
+def test_with_a_teacher_the_normalisation_is_the_teachers(shards: Path, tmp_path: Path) -> None:
+    export(build_network(TINY), replace(TINY, teacher="some/teacher"), shards, tmp_path / "0" / "model")
+    after = settings(tmp_path / "0" / "model")
+    assert (after["scaling_factor"], after["shift_factor"]) == (1.0, 0.0)
+
+
+def test_a_decoder_trained_alone_keeps_the_stream_of_its_base_and_decodes_its_files(
+    shards: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    base, tuned, whole = (tmp_path / name / "model" for name in ("base", "tuned", "whole"))
+    export(build_network(TINY), TINY, shards, base)
+    config = replace(TINY, init_from=str(base))
+    network = build_network(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter) * parameter.requires_grad)
+    export(network, config, shards, tuned, images=3)
+    export(network, replace(config, trainable="all"), shards, whole, images=3)  # measured anew
+    first, second, third = (Codec.load(folder, "cpu", dtype="float32") for folder in (base, tuned, whole))
+    assert first.stream_id == second.stream_id != third.stream_id
+    assert first.decoder_id != second.decoder_id
+    image = photo(40, 40)
+    data = first.encode(image, 90)
+    assert 0 < np.abs(first.decode(data).astype(int) - second.decode(data)).mean() < 20
+    assert len(second.encode(image, 90)) == len(data)
 
 
 def test_channels_last_weights_are_written_as_any_others(shards: Path, tmp_path: Path) -> None:
@@ -196,3 +222,18 @@ def test_a_collapsed_model_is_refused(shards: Path, tmp_path: Path) -> None:
     nn.init.zeros_(network.encoder.layers[-1].weight)
     with pytest.raises(UsageError, match="do not vary"):
         export(network, TINY, shards, tmp_path / "run" / "model")
+
+
+def test_tables_are_fitted_to_parts_that_keep_their_neighbours() -> None:
+    z = np.arange(2 * 60 * 90, dtype=np.float32).reshape(2, 60, 90)
+    places = set()
+    for seed in range(20):
+        part = _part(z, 1350, np.random.default_rng(seed))
+        assert part.shape == (2, 30, 45)
+        top, left = divmod(int(part[0, 0, 0]), 90)
+        np.testing.assert_array_equal(part, z[:, top : top + 30, left : left + 45])
+        places.add((top, left))
+    assert len(places) > 10
+    np.testing.assert_array_equal(_part(z, 5400, np.random.default_rng(0)), z)
+    assert _part(z, 1, np.random.default_rng(0)).shape == (2, 16, 16)
+    assert _part(z[:, :5, :7], 1, np.random.default_rng(0)).shape == (2, 5, 7)

@@ -1,0 +1,104 @@
+"""`codec info`, `codec verify`, `codec models`: what files and models say about themselves. No network runs."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from codec import batch, bitstream, console, matching, model_folder, options, pictures
+from codec.bitstream import Contents
+from codec.coding import Coder
+from codec.console import Exit
+from codec.errors import FormatError, ModelError
+from codec.tables import Mode
+
+INFO_EPILOG = "Example: codec info coded/photo.jpg.lcx"
+VERIFY_EPILOG = "Example: codec verify coded -m runs/small/model"
+
+Files = Annotated[list[str], typer.Argument(metavar="FILE...", help="Compressed files or folders of them; - is stdin.")]
+Lines = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+
+
+def _read(sources: list[str], failures: list[str]) -> Iterator[tuple[Path, bytes, Contents]]:
+    """Yield every whole file; the others are an error line each, and added to `failures`."""
+    for source in batch.find(sources, frozenset({bitstream.SUFFIX}), "compressed files"):
+        try:
+            data = batch.Item(source, None).read()
+            yield source.path, data, bitstream.unpack(data)
+        except (FormatError, OSError) as exception:
+            failures.append(batch.failure(source.path, exception))
+            console.error(failures[-1])
+
+
+def info(sources: Files, as_json: Lines = False) -> int:
+    """Say what a compressed file holds; needs no model."""
+    failures: list[str] = []
+    for path, data, contents in _read(sources, failures):
+        header = contents.header
+        fields: dict[str, Any] = {
+            "path": str(path),
+            "format_version": bitstream.VERSION,
+            "width": header.width,
+            "height": header.height,
+            "quality": header.quality,
+            "size_bytes": len(data),
+            "bpp": round(8 * len(data) / (header.width * header.height), 5),
+            "payload_bytes": sum(len(tile.payload) for tile in contents.tiles),
+            "downsampling_factor": header.f,
+            "tiles": header.n_tiles,
+            "tile_side": header.tile,
+            "modes": sorted({Mode(tile.mode).name.lower() for tile in contents.tiles}),
+            **pictures.describe(contents.chunks),
+            "stream_id": header.stream_id,
+            "decoder_id": header.decoder_id,
+        }
+        if as_json:
+            print(json.dumps(fields))
+        else:
+            print("\n".join(f"{name:20} {_words(value)}" for name, value in fields.items()))
+    return Exit.SOME_FAILED if failures else Exit.OK
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def verify(sources: Files, model: options.DecodeModel = None, as_json: Lines = False) -> int:
+    """Read files back to their integer latents and check every sum; no pixel is decoded, so it is fast."""
+    folders = matching.candidates(model)
+    failures: list[str] = []
+    wrong_model = n_whole = 0
+    for path, _, contents in _read(sources, failures):
+        try:
+            folder = matching.match(contents.header, folders)
+            indices = Coder(folder, folder.decoder_id).read(contents)
+            pictures.check_chunks(contents.chunks, contents.header)
+        except (FormatError, ModelError) as exception:
+            wrong_model += isinstance(exception, ModelError)
+            failures.append(batch.failure(path, exception))
+            console.error(failures[-1])
+            continue
+        n_whole += 1
+        if as_json:
+            print(json.dumps({"path": str(path), "latents": list(indices.shape), "model": folder.name}))
+    if not as_json:
+        print(f"{n_whole} of {n_whole + len(failures)} files are whole")
+    if failures and wrong_model == len(failures) and not n_whole:
+        return Exit.MODEL
+    return Exit.SOME_FAILED if failures else Exit.OK
+
+
+def models() -> int:
+    """List the models that -m and decode find by name or id: those under $CODEC_MODELS, then the package's own."""
+    folders = matching.installed()
+    for folder in folders:
+        ids = f"stream {','.join(folder.table_sets)}  decoder {folder.decoder_id}"
+        print(f"{folder.name}  f{folder.f} c{folder.channels}  {ids}  {folder.path}")
+    if not folders:
+        places = ", ".join(str(place) for place in model_folder.search_path())
+        print(f"no models in {places}; name a folder of models in ${model_folder.MODELS_VARIABLE}")
+    return Exit.SOME_FAILED if len(folders) < len(model_folder.available()) else Exit.OK

@@ -1,0 +1,78 @@
+"""Which model decodes a file: found by the two ids in its header. Imports no torch."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from codec import bitstream, console, model_folder
+from codec.bitstream import Header
+from codec.errors import FormatError, ModelError, UsageError
+from codec.model_folder import ModelFolder
+
+
+def candidates(model: str | None) -> list[ModelFolder]:
+    """Return the models that may decode: the one that was named, or all that are installed.
+
+    Raises:
+        UsageError: none was named and none is installed.
+        ModelError: the named one is missing or damaged.
+    """
+    if model is not None:
+        return [model_folder.read(model_folder.resolve(model))]
+    folders = installed()
+    if not folders:
+        raise UsageError(f"which model? Give -m MODEL, or name a folder of models in ${model_folder.MODELS_VARIABLE}")
+    return folders
+
+
+def installed() -> list[ModelFolder]:
+    """Read every model on the search path; a damaged one is an error on stderr and left out."""
+    folders = []
+    for path in model_folder.available():
+        try:
+            folders.append(model_folder.read(path))
+        except ModelError as exception:
+            console.error(str(exception))
+    return folders
+
+
+def match(header: Header, folders: Sequence[ModelFolder], strict: bool = False) -> ModelFolder:
+    """Return the model of a file: the very decoder if it is there, else one that knows its stream.
+
+    Args:
+        header: of the file.
+        folders: of the models to choose from.
+        strict: only the very decoder will do.
+
+    Raises:
+        ModelError: none will do.
+    """
+    knowing = [folder for folder in folders if header.stream_id in folder.table_sets]
+    for folder in knowing:
+        if folder.decoder_id == header.decoder_id:
+            return folder
+    if knowing and not strict:
+        return knowing[0]
+    if knowing:
+        known = ", ".join(f"{folder.name} has {folder.decoder_id}" for folder in knowing)
+        raise ModelError(f"made with another decoder of the same latents: it needs {header.decoder_id}, {known}")
+    known = ", ".join(f"{folder.name} has {folder.stream_id}" for folder in folders)
+    raise ModelError(f"made with another model: it needs stream {header.stream_id}, {known}")
+
+
+def first_match(paths: Iterable[Path], folders: Sequence[ModelFolder], strict: bool = False) -> ModelFolder | None:
+    """Return the model of the first file that has one; None when no file is whole.
+
+    Raises:
+        ModelError: every whole file needs another model.
+    """
+    mismatch: ModelError | None = None
+    for path in paths:
+        try:
+            return match(bitstream.unpack(path.read_bytes()).header, folders, strict)
+        except ModelError as exception:
+            mismatch = mismatch or ModelError(f"{path}: {exception}")
+        except (FormatError, OSError):
+            continue  # reported with its name when its turn comes
+    if mismatch is not None:
+        raise mismatch
+    return None

@@ -1,0 +1,93 @@
+"""Remakes tests/golden: files of format version 1 in every mode, with the latents that a reader must find in them.
+
+    python scripts/update_golden.py
+
+Run it only when the format's version changes: other programs may hold their readers to these files. Old versions stay.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from codec import bitstream, model_folder, pictures, tables
+from codec.bitstream import Header, Tile
+from codec.coding import Coder, Settings
+from codec.files import write_atomic
+from codec.pictures import Picture
+from codec.tables import Mode
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+DECODER_ID = "0123456789abcdef"
+CHANNELS, F = 2, 4
+
+
+def smooth(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
+    """Return (D, h, w) float32 latents with the correlation between neighbours that real ones have."""
+    z = rng.normal(size=(CHANNELS, h + 8, w + 8))
+    for axis in (1, 2):
+        z = sum(np.roll(z, shift, axis) for shift in range(-2, 3)) / np.sqrt(5)
+    return (3 * z[:, 4 : 4 + h, 4 : 4 + w] + np.array([1.0, -2.0])[:, None, None]).astype(np.float32)
+
+
+def remake(folder: Path) -> None:
+    """Write the model's tables, the files and the latents."""
+    rng = np.random.default_rng(0)
+    mean, step = np.array([1.0, -2.0], np.float32), np.array([6.0, 4.0], np.float32)
+    info = {"name": "golden", "family": "kl", "f": F, "latent_channels": CHANNELS, "decoder_id": DECODER_ID}
+    grids = [smooth(rng, 64, 64) for _ in range(8)]
+    path = folder / "model"
+    path.mkdir(parents=True, exist_ok=True)
+    model = model_folder.write(path, info=info, mean=mean, step=step, table_sets=[tables.fit(grids, mean, step)])
+    coder = Coder(model, DECODER_ID)
+    z = smooth(rng, 11, 17)
+    for mode in Mode:
+        write(folder, coder, f"v1-{mode.name.lower()}", z, Settings(quality=30, modes=(mode,)))
+    contents = bitstream.unpack((folder / "v1-context.lcx").read_bytes())
+    np.save(folder / "v1-context.z.npy", coder.dequantise(contents.header, coder.read(contents)))
+    write(folder, coder, "v1-tiles", smooth(rng, 20, 17), Settings(quality=60, tile=8))
+    write(folder, coder, "v1-effort", z, Settings(quality=30, effort=9))
+    write(folder, coder, "v1-one-pixel", z[:, :1, :1], Settings(quality=0), width=1, height=1)
+    gradient = np.indices((44, 68)).sum(axis=0).astype(np.uint8)
+    picture = Picture(
+        pixels=np.repeat(gradient[..., None], 3, axis=2),
+        alpha=gradient * 2,
+        gray=True,
+        exif=b"II*\0\x08\0\0\0\0\0\0\0\0\0",
+        xmp=b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>",
+        deep=True,
+    )
+    chunks = [*pictures.to_chunks(picture), bitstream.Chunk(200, b"a chunk of the future that may be passed over")]
+    write(folder, coder, "v1-chunks", z, Settings(quality=30), chunks=chunks)
+    np.save(folder / "v1-chunks.alpha.npy", picture.alpha)
+    extremes = np.resize(np.array([0, 1, -1, 2**20, -(2**20), 65536, -65537, 300], np.int32), (CHANNELS, 11, 17))
+    for mode in Mode:
+        header = Header(stream_id=model.stream_id, decoder_id=DECODER_ID, quality=99, width=68, height=44, f=F, tile=0)
+        table_set = model.table_sets[model.stream_id]
+        payload = table_set.encode(extremes, 99, (mode,))[1]
+        tile = Tile(mode, bitstream.tile_check(header, 0, extremes), payload)
+        save(folder, f"v1-extremes-{mode.name.lower()}", bitstream.pack(header, [tile]), extremes)
+
+
+def write(
+    folder: Path,
+    coder: Coder,
+    name: str,
+    z: np.ndarray,
+    settings: Settings,
+    width: int = 0,
+    height: int = 0,
+    chunks: list[bitstream.Chunk] | None = None,
+) -> None:
+    """Code latents, and keep what a reader finds."""
+    data = coder.code(z, width or z.shape[2] * F, height or z.shape[1] * F, settings, chunks or []).data
+    save(folder, name, data, coder.read(bitstream.unpack(data)))
+
+
+def save(folder: Path, name: str, data: bytes, indices: np.ndarray) -> None:
+    """Write a file and its latents."""
+    write_atomic(folder / f"{name}.lcx", data)
+    np.save(folder / f"{name}.npy", indices)
+
+
+if __name__ == "__main__":
+    remake(GOLDEN)

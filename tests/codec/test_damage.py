@@ -1,0 +1,111 @@
+"""Damaged files: an error, or a loss that is named; never wrong latents that claim to be right."""
+
+import time
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from codec import bitstream, model_folder
+from codec.coding import Coder
+from codec.errors import FormatError, ModelError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SMALL = ("v1-context", "v1-raw", "v1-static", "v1-tiles")
+
+
+@pytest.fixture(scope="module")
+def coder() -> Coder:
+    folder = model_folder.read(GOLDEN / "model")
+    return Coder(folder, folder.decoder_id)
+
+
+def read_or_refuse(coder: Coder, data: bytes, original: bytes, expected: np.ndarray) -> str:
+    """Read damaged bytes in both ways and return what came out of it; assert that nothing wrong was believed."""
+    sealed = zlib.crc32(data[:-4]).to_bytes(4, "little") == data[-4:]  # also by a mutation of another chunk
+    try:
+        contents = bitstream.unpack(data)
+        found = coder.read(contents)
+        assert sealed, "damaged bytes were taken for a whole file"
+        np.testing.assert_array_equal(found, expected)
+    except (FormatError, ModelError):
+        pass
+    try:
+        rescued = coder.rescue(data)
+    except (FormatError, ModelError):
+        return "refused"
+    assert rescued.damage or rescued.lost or sealed, "nothing was said"
+    z = coder.dequantise(bitstream.unpack(original).header, expected)
+    whole = np.ones(expected.shape[1:], bool)
+    for rows, columns in rescued.lost:
+        whole[rows, columns] = False
+        mean = coder.folder.mean[:, None, None]
+        np.testing.assert_array_equal(rescued.z[:, rows, columns], np.broadcast_to(mean, z[:, rows, columns].shape))
+    assert rescued.z.shape == z.shape
+    np.testing.assert_array_equal(rescued.z[:, whole], z[:, whole])
+    return f"{len(rescued.lost)} lost"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_flipped_bit_and_every_truncation(coder: Coder, name: str) -> None:
+    original, expected = (GOLDEN / f"{name}.lcx").read_bytes(), np.load(GOLDEN / f"{name}.npy")
+    outcomes = []
+    for n in range(8 * len(original)):
+        data = bytearray(original)
+        data[n // 8] ^= 1 << n % 8
+        outcomes.append(read_or_refuse(coder, bytes(data), original, expected))
+    for n in range(len(original)):
+        outcomes.append(read_or_refuse(coder, original[:n], original, expected))
+    n_header = 25
+    assert outcomes[: 8 * n_header] == ["refused"] * 8 * n_header  # a changed header makes every sum wrong
+    n_rescued = sum(outcome != "refused" for outcome in outcomes)
+    assert n_rescued >= (0.5 * len(outcomes) if name == "v1-tiles" else 32)  # of one tile, flips of the CRC-32 alone
+
+
+def mutated(rng: np.random.Generator, original: bytes) -> bytes:
+    """Return bytes with one to four random changes: flips, runs of noise, cuts, insertions, repetitions."""
+    data = bytearray(original)
+    for _ in range(rng.integers(1, 5)):
+        at, kind = int(rng.integers(len(data) + 1)), rng.integers(5)
+        length = int(rng.integers(1, 40))
+        if kind == 0 and data:
+            data[at % len(data)] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            data[at : at + length] = rng.bytes(len(data[at : at + length]))
+        elif kind == 2:
+            del data[at : at + length]
+        elif kind == 3:
+            data[at:at] = rng.bytes(length)
+        else:
+            data[at:at] = data[at : at + length]
+    if rng.random() < 0.5 and len(data) > 4:  # with a right CRC-32, so that what is behind it is tested
+        data[-4:] = zlib.crc32(data[:-4]).to_bytes(4, "little")
+    return bytes(data)
+
+
+def mutate(coder: Coder, count: int) -> None:
+    """Hold `count` mutations of all golden files to the promises, and to bounds of memory and time."""
+    files = [(path.read_bytes(), np.load(path.with_suffix(".npy"))) for path in sorted(GOLDEN.glob("v1-*.lcx"))]
+    rng = np.random.default_rng(0)
+    slowest = 0.0
+    tracemalloc.start()
+    for n in range(count):
+        original, expected = files[n % len(files)]
+        start = time.process_time()
+        read_or_refuse(coder, mutated(rng, original), original, expected)
+        slowest = max(slowest, time.process_time() - start)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 300e6
+    assert slowest < 20
+
+
+def test_random_mutations_are_refused_or_named(coder: Coder) -> None:
+    mutate(coder, 1000)
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_mutations_are_refused_or_named(coder: Coder) -> None:
+    mutate(coder, 10_000)
