@@ -12,8 +12,10 @@ from rich.table import Table
 
 import codec
 from codec import console
+from codec.coding import DEFAULT_EFFORT, Settings
 from codec.console import Exit, error, stderr
 from codec.errors import UsageError
+from eval.bench_cli import bench_command
 
 if TYPE_CHECKING:
     from eval.features import SqueezeFeatures
@@ -23,6 +25,7 @@ app = console.application(
     "Measure image codecs honestly: real file sizes, whole images, stated protocols. "
     "Exit codes: 0 all well; 1 some images failed (listed, the rest is measured); 2 usage; 3 model; 130 interrupted.",
 )
+app.command("bench")(bench_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +62,10 @@ def rd(
         float, typer.Option(min=0.01, max=24, help="Rate of the comparison picture, in bits per pixel.")
     ] = 0.3,
     device: Annotated[str, typer.Option(help="Torch device of the models and features: cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="What models compute in: auto (bfloat16 where the hardware does), bfloat16, float32.")
+    ] = "auto",
+    effort: Annotated[int, typer.Option(min=0, max=9, help="As of `codec encode`.")] = DEFAULT_EFFORT,
 ) -> int:
     """Rate-distortion of models and classical codecs: rd.json, one plot per metric, a picture at equal file size."""
     from codec import files
@@ -72,7 +79,8 @@ def rd(
     if not model and not chosen:
         raise UsageError("nothing to measure: give a model with -m or at least one of --baselines")
     distance = _features(features, device)
-    models = [codec.Codec.load(folder, device=device) for folder in model or []]
+    how = Settings(effort=effort)
+    models = [codec.Codec.load(folder, device=device, dtype=dtype, settings=how) for folder in model or []]
 
     from eval import pictures, plots
     from eval.rd import run_rd, write_json
@@ -80,7 +88,7 @@ def rd(
     command = ["codec-eval", "rd", *map(str, images), *(f"-m={folder}" for folder in model or [])]
     command += [f"--baselines={baselines}", f"--qualities={qualities}", f"--picture-bpp={picture_bpp}"]
     command += [f"--features={features}"] * bool(features) + [f"--limit={limit}"] * bool(limit)
-    command += [f"--device={device}", f"--out={out}"]
+    command += [f"--device={device}", f"--dtype={dtype}", f"--effort={effort}", f"--out={out}"]
     name = ", ".join(dict.fromkeys(path.resolve().name for path in images)) if len(images) < 4 else "images"
     result = run_rd(sources, models, chosen, model_qualities, distance, shlex.join(command), name)
     write_json(result, out / "rd.json")

@@ -1,0 +1,38 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from codec import images
+from codec.runtime import Codec
+from eval import bench_coder
+from tests.conftest import photo
+
+
+def test_the_coder_is_measured_as_it_codes(model_dir: Path, tmp_path: Path) -> None:
+    paths = []
+    for n, size in enumerate([(40, 56), (33, 64)]):
+        paths.append(tmp_path / f"{n}.png")
+        paths[-1].write_bytes(images.save_png(photo(*size, seed=n)))
+    result = json.loads(json.dumps(bench_coder.run(model_dir, paths, [0, 20, 60], efforts=[1])))
+    assert (result["n_images"], result["stream_id"]) == (2, Codec.load(model_dir).stream_id)
+    assert [row["quality"] for row in result["rows"]] == [0, 20, 60]
+    for row in result["rows"]:
+        assert row["n_latents"] == 4 * (20 * 28 + 17 * 32)
+        modes = ["raw", "static", "context"]
+        assert row["chosen_bytes"] <= min(row[f"{mode}_bytes"] for mode in modes)
+        for mode in modes:
+            assert row[f"{mode}_bytes"] == pytest.approx(row[f"ideal_{mode}_bytes"], rel=0.005, abs=4)
+            assert min(row["ms"][mode].values()) >= 0
+        found = row["effort"]["1"]
+        assert found["ideal_context_bytes"] < row["ideal_context_bytes"]
+        assert found["mse"] > row["mse"]
+    errors = [row["mse"] for row in result["rows"]]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_savings_are_those_at_equal_error() -> None:
+    by_mse = [(0.01, 400.0), (0.04, 200.0), (0.16, 100.0)]
+    assert bench_coder._saving(180.0, 0.04, by_mse) == pytest.approx(0.1)
+    assert bench_coder._saving(200 / 2**0.5 * 0.9, 0.08, by_mse) == pytest.approx(0.1, abs=1e-4)
+    assert bench_coder._saving(100.0, 0.2, by_mse) is None
