@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from codec import console, model_folder, tables
+from codec.coding import Settings
 from codec.errors import ModelError, UsageError
 from codec.files import write_atomic
 from codec.latent_model import LatentModel, decoder_id, latent_model
@@ -44,6 +45,7 @@ _MAX_RATE_LATENTS = 200_000  # positions that the coarsest rate is measured on
 _FP16_LIMIT = 65504 / 4  # an activation beyond this leaves no room for unusual images
 _MAX_RANGE_IMAGES = 16
 _MAX_CHECKED_IMAGES = 8
+_STATIC = Settings(effort=0, modes=(tables.Mode.STATIC,))  # the mode whose rate a rate model estimates
 _DISCRIMINATOR = "discriminator"  # folder in a model folder
 
 
@@ -330,8 +332,13 @@ def _check(codec: Codec, validation: Sequence[SampleRef], bad: list[tuple[str, s
         if n_held_out > _MAX_CHECKED_IMAGES:
             continue
         ceiling.append(psnr(image, codec.reconstruct(image)))
-        for quality, data in zip(qualities, codec.encode_many(image, qualities), strict=True):
-            rows[quality].append((8 * len(data) / (image.shape[0] * image.shape[1]), psnr(image, codec.decode(data))))
+        n_pixels = image.shape[0] * image.shape[1]
+        coded = zip(
+            qualities, codec.encode_many(image, qualities), codec.encode_many(image, qualities, _STATIC), strict=True
+        )
+        for quality, data, static in coded:
+            row = (8 * len(data) / n_pixels, psnr(image, codec.decode(data)), 8 * len(static) / n_pixels)
+            rows[quality].append(row)
     figures: dict[str, Any] = {
         "stream_id": codec.stream_id,
         "decoder_id": codec.decoder_id,
@@ -346,7 +353,7 @@ def _check(codec: Codec, validation: Sequence[SampleRef], bad: list[tuple[str, s
         "unquantised_psnr": float(np.mean(ceiling)),
         "n_checked": len(ceiling),
         "by_quality": {
-            quality: dict(zip(("bpp", "psnr"), np.mean(found, axis=0).tolist(), strict=True))
+            quality: dict(zip(("bpp", "psnr", "static_bpp"), np.mean(found, axis=0).tolist(), strict=True))
             for quality, found in rows.items()
         },
     }

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from codec import Codec, images, model_folder
+from codec.coding import Settings
 from codec.tables import Mode
 from tests.train.conftest import tiny_trainer
 from train.cli import main
@@ -48,7 +49,7 @@ def test_the_estimated_rate_is_that_of_the_static_mode(rate_run: Path, shards: P
     for quality in (0, 25, 50, 75, 100):
         bits = pixels = 0
         for _, image in whole_images(split(read_index(shards), 2)[1], 256, 2):
-            _, indices = codec.indices(codec.encode(image, quality))
+            _, indices = codec.indices(codec.encode(image, settings=Settings(quality=quality, effort=0)))
             bits += folder.table_sets[folder.stream_id].bits(indices, quality, Mode.STATIC)
             pixels += image.shape[0] * image.shape[1]
         assert last[f"bpp_q{quality}"] == pytest.approx(bits / pixels, rel=0.06, abs=0.02), quality
