@@ -8,14 +8,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from multiprocessing import get_context
+from functools import partial
+from multiprocessing import get_context, parent_process
 from pathlib import Path, PurePosixPath
 from signal import SIG_IGN, SIGINT, signal
-from typing import Any
+from threading import Lock, Thread
+from typing import Any, TypeVar
 
 from rich.progress import Progress, TaskID, TextColumn
 
@@ -28,6 +31,8 @@ from codec.pipeline import Outcome
 
 STREAM = "-"  # stands for stdin among the sources, for stdout as the output
 _MOST_JOBS = 8
+
+_Result = TypeVar("_Result")
 
 
 class Existing(Enum):
@@ -105,6 +110,8 @@ class Done:
 
 def find(sources: Sequence[str], extensions: frozenset[str], what: str) -> list[Source]:
     """List the sources, of which "-" is stdin; see `codec.files.find`."""
+    if "" in sources:  # an unset variable, not this folder
+        raise UsageError("an empty source: no such file or folder")
     if STREAM in sources:
         if len(sources) > 1:
             raise UsageError("- (stdin) goes alone")
@@ -124,6 +131,8 @@ def plan(found: Sequence[Source], out: str, suffix: str, strip: str = "") -> lis
     Raises:
         UsageError: the output cannot be written, or is one file for several sources.
     """
+    if not out:
+        raise UsageError("-o: an empty name")
     if out == STREAM:
         if len(found) > 1:
             raise UsageError(f"{len(found)} files cannot go to stdout: name a folder with -o")
@@ -153,8 +162,9 @@ class Report:
         launch: this process among its like.
         total: files to make, in this process.
         done: made.
+        failed: not made, or made with losses.
         skipped: existed already.
-        failures: a line each, beginning with the source.
+        failures: what to say of those that failed, lines that begin with the source.
         pixels: of the images made.
         source_bytes: read for them.
         size_bytes: written.
@@ -164,6 +174,7 @@ class Report:
     launch: Launch
     total: int
     done: int = 0
+    failed: int = 0
     skipped: int = 0
     failures: list[str] = field(default_factory=list)
     pixels: int = 0
@@ -223,19 +234,22 @@ class Report:
             self.source_bytes += done.source_bytes
             self.size_bytes += done.size_bytes
             self.bits_of += done.bits_of
-            for note in done.notes:
-                if done.flawed:
-                    self._fail(f"{path}: {note}")
-                else:
-                    console.note(f"note: {path}: {note}")
             self.done += not done.flawed
+            if done.flawed:
+                self._fail(*(f"{path}: {note}" for note in done.notes))
+            else:
+                for note in done.notes:
+                    console.note(f"note: {path}: {note}")
         if self._bar is not None:
             bar, task = self._bar
-            bar.update(task, completed=self.done + self.skipped + len(self.failures), note=self._pace())
+            bar.update(task, completed=self.done + self.skipped + self.failed, note=self._pace())
 
-    def _fail(self, line: str) -> None:
-        self.failures.append(line)
-        console.error(line)
+    def _fail(self, *lines: str) -> None:
+        """Count one file that failed, and say why."""
+        self.failed += 1
+        self.failures += lines
+        for line in lines:
+            console.error(line)
 
     def _pace(self) -> str:
         speed = self.pixels / 1e6 / max(time.perf_counter() - self._start, 1e-9)
@@ -258,7 +272,7 @@ class Report:
             as_json: one JSON object instead of a sentence.
             to_stderr: stdout carries a file.
         """
-        names = ("total", "done", "skipped", "pixels", "source_bytes", "size_bytes", "bits_of")
+        names = ("total", "done", "failed", "skipped", "pixels", "source_bytes", "size_bytes", "bits_of")
         own = {name: getattr(self, name) for name in names}
         told = self.launch.gather((own, self.failures, time.perf_counter() - self._start))
         sums = {name: sum(numbers[name] for numbers, _, _ in told) for name in names}
@@ -269,7 +283,7 @@ class Report:
                 "n_files": sums["total"],
                 "n_done": sums["done"],
                 "n_skipped": sums["skipped"],
-                "n_failed": len(failures),
+                "n_failed": sums["failed"],
                 "source_bytes": sums["source_bytes"],
                 "size_bytes": sums["size_bytes"],
                 "pixels": sums["pixels"],
@@ -282,7 +296,8 @@ class Report:
             }
             text = json.dumps(summary) if as_json else _sentence(what, summary)
             print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
-        return Exit.SOME_FAILED if failures else Exit.OK
+        self.launch.gather(None)  # a launcher ends the others as soon as one has failed: not before the summary is out
+        return Exit.SOME_FAILED if sums["failed"] else Exit.OK
 
 
 def _sentence(what: str, summary: dict[str, Any]) -> str:
@@ -319,19 +334,67 @@ def workers(jobs: int) -> Iterator[tuple[Executor, Executor]]:
     The coder is Python: with several threads it would still use one processor.
     """
     threads = ThreadPoolExecutor(jobs, "codec")
-    pool: Executor = threads
-    if jobs > 1:  # fresh processes: a copy of this one would inherit torch's threads, asleep for ever
-        pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_quiet)
+    coders: Executor = threads if jobs == 1 else _Processes(jobs)
     try:
-        yield threads, pool
+        yield threads, coders
     except BaseException:  # also Ctrl-C: what waits is dropped, what runs ends
-        for executor in {id(threads): threads, id(pool): pool}.values():
+        for executor in (threads, coders):
             executor.shutdown(wait=True, cancel_futures=True)
         raise
-    for executor in {id(threads): threads, id(pool): pool}.values():
+    for executor in (threads, coders):
         executor.shutdown()
 
 
-def _quiet() -> None:
-    """Leave Ctrl-C, which reaches every process of the terminal, to the parent."""
+class _Processes(Executor):
+    """A pool of processes that outlives the death of one: what was in it is tried again, each in a process of its own.
+
+    So the one file that kills its process, for want of memory for instance, fails alone.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self._jobs = jobs
+        self._waiting = ThreadPoolExecutor(jobs, "codec-wait")  # each waits for one process
+        self._lock = Lock()
+        self._pool = _pool(jobs)
+
+    def submit(self, function: Callable[..., _Result], /, *arguments: Any, **named: Any) -> Future[_Result]:
+        """See `Executor.submit`."""
+        return self._waiting.submit(self._run, partial(function, *arguments, **named))
+
+    def _run(self, call: Callable[[], _Result]) -> _Result:
+        with self._lock:
+            pool = self._pool
+        try:
+            return pool.submit(call).result()
+        except BrokenProcessPool:
+            with self._lock:
+                if self._pool is pool:
+                    self._pool = _pool(self._jobs)
+        with _pool(1) as alone:
+            try:
+                return alone.submit(call).result()
+            except BrokenProcessPool as exception:
+                raise RuntimeError("its worker process was killed, or ran out of memory") from exception
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """See `Executor.shutdown`."""
+        self._waiting.shutdown(wait, cancel_futures=cancel_futures)
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    """Fresh processes: copies of this one would inherit torch's threads, asleep for ever."""
+    return ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C, which reaches every process of the terminal, to the parent; end when it ends, however it does."""
     signal(SIGINT, SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

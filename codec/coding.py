@@ -7,7 +7,7 @@ FORMAT.md is the law. Processes that share the work of a folder each hold a `Cod
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,10 +39,14 @@ class Settings:
     modes: tuple[Mode, ...] = tuple(Mode)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.quality <= 100:
+        if self.quality not in range(101):
             raise ValueError(f"quality {self.quality}, expected 0..100")
-        if not 0 <= self.effort <= 9:
+        if self.effort not in range(10):
             raise ValueError(f"effort {self.effort}, expected 0..9")
+        if self.tile and self.tile not in (2**k for k in range(11)):
+            raise ValueError(f"tile {self.tile}, expected 0 or a power of two, at most 1024")
+        if not self.modes or not all(isinstance(mode, Mode) for mode in self.modes):
+            raise ValueError(f"modes {self.modes}, expected some of {[*Mode]}")
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,10 @@ class Coder:
             f=folder.f,
             tile=settings.tile if max(z.shape[1:]) > settings.tile else 0,
         )
-        assert z.shape[1:] == header.grid
+        if z.shape != (folder.channels, *header.grid):
+            raise ValueError(
+                f"latents {z.shape}, expected {(folder.channels, *header.grid)} for {width} x {height} pixels"
+            )
         table_set = folder.table_sets[folder.stream_id]
         tiles = []
         for number, (rows, columns) in enumerate(header.tiles()):
@@ -145,8 +152,7 @@ class Coder:
         """
 
         def at(quality: int) -> Coded:
-            how = Settings(quality=quality, effort=settings.effort, tile=settings.tile, modes=settings.modes)
-            return self.code(z, width, height, how, chunks)
+            return self.code(z, width, height, replace(settings, quality=quality), chunks)
 
         best = at(0)
         low, high = 0, tables.QUALITIES  # low fits, or is all there is; high does not

@@ -77,6 +77,7 @@ class _Reader:
     def _whole(self, data: bytes) -> _Read:
         contents = bitstream.unpack(data)
         header, coder = contents.header, self._coder(contents.header)
+        pictures.check_chunks(contents.chunks, header)
         wanted = None
         if self.region is not None:
             self.region.check(header.width, header.height)
@@ -92,7 +93,7 @@ class _Reader:
             self.region.check(header.width, header.height)
         n_tiles = header.n_tiles
         lines = [f"rescued, {n_tiles - len(rescued.lost)} of {n_tiles} tiles ({reason})"]
-        lines += rescued.losses
+        lines += [*rescued.damage[1:], *rescued.losses]
         if rescued.lost and coder.folder.info.get("receptive_field") is None:
             lines.append("other pixels may have shifted: the decoder is normalised over the whole image")
         return _Read(coder.folder.path, header, rescued.z, rescued.chunks, len(data), tuple(lines))
@@ -181,7 +182,7 @@ def decode(
     items = batch.plan(found, out, ".png", strip=bitstream.SUFFIX)
     folders = matching.candidates(model)
     report, todo = Report.start(launch, items, Existing.of(skip_existing, overwrite))
-    first = matching.first_match((item.source.path for item in todo if not item.is_stdin), folders, strict)
+    first = matching.first_match((item.source.path for item in todo if not item.is_stdin), folders, strict, launch)
     decoders = _Decoders(
         folders,
         {
@@ -212,7 +213,7 @@ def decode(
             read.size_bytes, len(data), n_pixels, read.size_bytes, tuple(damage or ()), flawed=damage is not None
         )
 
-    n_jobs = batch.n_jobs(jobs)
+    n_jobs = 1 if todo and todo[0].is_stdin else batch.n_jobs(jobs)  # other processes have no stdin; it goes alone
     reader = _Reader(tuple(folder.path for folder in folders), strict, rectangle, salvage)
     with batch.workers(n_jobs) as (threads, coders), report.progress("decoding"):
         for outcome in pipelined(todo, reader, network, finish, readers=coders, writers=threads, ahead=n_jobs):

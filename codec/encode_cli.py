@@ -53,22 +53,22 @@ class _Finish:
         folder: the model's.
         decoder_id: of its decoder.
         settings: how.
-        target_bpp: highest rate of a file, 0 = none.
-        target_bytes: largest size of a file, 0 = none.
+        target_bpp: highest rate of a file; None = any.
+        target_bytes: largest size of a file; None = any.
     """
 
     folder: Path
     decoder_id: str
     settings: Settings
-    target_bpp: float
-    target_bytes: int
+    target_bpp: float | None
+    target_bytes: int | None
 
     def __call__(self, item: Item, made: _Made) -> Done:
         coder = _coder(self.folder, self.decoder_id)
         pixels, notes = made.width * made.height, made.notes
-        limit = self.target_bytes or math.floor(self.target_bpp * pixels / 8)
+        limit = self.target_bytes if self.target_bpp is None else math.floor(self.target_bpp * pixels / 8)
         how = (made.z, made.width, made.height, self.settings)
-        if self.target_bytes or self.target_bpp:
+        if limit is not None:
             coded = coder.code_within(*how, limit, made.chunks)
             if len(coded.data) > limit:
                 notes += (f"{len(coded.data)} bytes at q 0, more than the {limit} that were asked for",)
@@ -88,14 +88,23 @@ def encode(
     out: options.Out,
     model: options.EncodeModel = None,
     quality: Annotated[
-        int, typer.Option("-q", "--quality", min=0, max=100, help="0 smallest files .. 100 best images.")
-    ] = bitstream.DEFAULT_QUALITY,
+        int | None,
+        typer.Option(
+            "-q",
+            "--quality",
+            min=0,
+            max=100,
+            help=f"0 smallest files .. 100 best images. Default: {bitstream.DEFAULT_QUALITY}.",
+        ),
+    ] = None,
     target_bpp: Annotated[
-        float, typer.Option(min=0, help="Instead of -q: the best with at most this many bits per pixel, whole file.")
-    ] = 0.0,
+        float | None,
+        typer.Option(min=0, help="Instead of -q: the best with at most this many bits per pixel, whole file."),
+    ] = None,
     target_kb: Annotated[
-        float, typer.Option(min=0, help="Instead of -q: the best with at most this many kB (1000 bytes) per file.")
-    ] = 0.0,
+        float | None,
+        typer.Option(min=0, help="Instead of -q: the best with at most this many kB (1000 bytes) per file."),
+    ] = None,
     effort: Annotated[
         int, typer.Option(min=0, max=9, help="0 fastest .. 9 smallest files at the same quality.")
     ] = DEFAULT_EFFORT,
@@ -114,16 +123,19 @@ def encode(
     """Compress images: photo.jpg becomes photo.jpg.lcx. An existing output is left untouched and is a failure."""
     if model is None:
         raise UsageError("which model? Give -m MODEL (a model folder); this version comes without trained weights")
-    if target_bpp and target_kb:
-        raise UsageError("--target-bpp and --target-kb: which of the two?")
+    asked = [quality, target_bpp, target_kb]
+    if sum(value is not None for value in asked) > 1:
+        raise UsageError("-q, --target-bpp and --target-kb: one of them")
+    if not all(value is None or math.isfinite(value) for value in asked):
+        raise UsageError("--target-bpp or --target-kb: expected a number")
     launch = Launch.from_environment()
     found = batch.find(sources, images.EXTENSIONS, "images")
     items = batch.plan(found, out, bitstream.SUFFIX)
     folder = model_folder.read(model_folder.resolve(model))
     report, todo = Report.start(launch, items, Existing.of(skip_existing, overwrite), _is_whole)
     facts: dict[str, Any] = {"model": folder.name, "stream_id": folder.stream_id}
-    if not (target_bpp or target_kb):
-        facts["quality"] = quality
+    if target_bpp is None and target_kb is None:
+        facts["quality"] = quality = bitstream.DEFAULT_QUALITY if quality is None else quality
     if todo:
         from codec.runtime import Codec  # after the checks: torch takes seconds to import
 
@@ -142,9 +154,9 @@ def encode(
         finish = _Finish(
             folder.path,
             codec.decoder_id,
-            Settings(quality=quality, effort=effort),
+            Settings(quality=quality or 0, effort=effort),
             target_bpp,
-            round(target_kb * 1000),
+            None if target_kb is None else round(target_kb * 1000),
         )
 
         def read(item: Item) -> _Read:

@@ -46,6 +46,10 @@ class Launch:
             raise UsageError(f"RANK, WORLD_SIZE or LOCAL_RANK is no number: {exception}") from exception
         if not 0 <= index < count:
             raise UsageError(f"RANK {index} of WORLD_SIZE {count}")
+        if count > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+            raise UsageError(
+                f"WORLD_SIZE is {count}, and MASTER_ADDR or MASTER_PORT is not set: start it by a launcher"
+            )
         return cls(index, count, local)
 
     def share(self, items: Sequence[_Item]) -> Sequence[_Item]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from codec import bitstream, console, model_folder
 from codec.bitstream import Header
 from codec.errors import FormatError, ModelError, UsageError
+from codec.launch import Launch
 from codec.model_folder import ModelFolder
 
 
@@ -14,11 +15,13 @@ def candidates(model: str | None) -> list[ModelFolder]:
 
     Raises:
         UsageError: none was named and none is installed.
-        ModelError: the named one is missing or damaged.
+        ModelError: the named one, or every installed one, is missing or damaged.
     """
     if model is not None:
         return [model_folder.read(model_folder.resolve(model))]
     folders = installed()
+    if not folders and model_folder.available():
+        raise ModelError(f"none of the models under ${model_folder.MODELS_VARIABLE} can be read")
     if not folders:
         raise UsageError(f"which model? Give -m MODEL, or name a folder of models in ${model_folder.MODELS_VARIABLE}")
     return folders
@@ -59,20 +62,32 @@ def match(header: Header, folders: Sequence[ModelFolder], strict: bool = False) 
     raise ModelError(f"made with another model: it needs stream {header.stream_id}, {known}")
 
 
-def first_match(paths: Iterable[Path], folders: Sequence[ModelFolder], strict: bool = False) -> ModelFolder | None:
+def first_match(
+    paths: Iterable[Path], folders: Sequence[ModelFolder], strict: bool = False, launch: Launch | None = None
+) -> ModelFolder | None:
     """Return the model of the first file that has one; None when no file is whole.
 
+    Args:
+        paths: the files of this process.
+        folders: of the models to choose from.
+        strict: see `match`.
+        launch: this process among its like; None = alone.
+
     Raises:
-        ModelError: every whole file needs another model.
+        ModelError: every whole file, of all processes, needs another model.
     """
-    mismatch: ModelError | None = None
+    mismatch, first = "", None
     for path in paths:
         try:
-            return match(bitstream.unpack(path.read_bytes()).header, folders, strict)
+            first = match(bitstream.unpack(path.read_bytes()).header, folders, strict)
+            break
         except ModelError as exception:
-            mismatch = mismatch or ModelError(f"{path}: {exception}")
+            mismatch = mismatch or f"{path}: {exception}"
         except (FormatError, OSError):
             continue  # reported with its name when its turn comes
-    if mismatch is not None:
-        raise mismatch
-    return None
+    told = (launch or Launch()).gather((first is not None, mismatch))
+    if not any(found for found, _ in told):
+        for _, reason in told:
+            if reason:
+                raise ModelError(reason)
+    return first

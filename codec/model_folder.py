@@ -213,11 +213,13 @@ def search_path() -> list[Path]:
 
 def available() -> list[Path]:
     """Every model folder on the search path: the entries themselves and the folders directly in them."""
-    found: list[Path] = []
+    found: dict[Path, Path] = {}  # by real path
     for place in search_path():
         inside = sorted(child for child in place.iterdir() if child.is_dir()) if place.is_dir() else []
-        found += [folder for folder in (place, *inside) if is_model_folder(folder)]
-    return found
+        for folder in (place, *inside):
+            if is_model_folder(folder):
+                found.setdefault(folder.resolve(), folder)
+    return list(found.values())
 
 
 def _stated_name(folder: Path) -> str | None:

@@ -38,6 +38,8 @@ class Codec:
                 f"{folder.path}: codec.json says f {folder.f}, {folder.channels} channels; "
                 f"the network has f {model.f}, {model.channels} channels"
             )
+        if folder.info.get("receptive_field", model.receptive_field) != model.receptive_field:
+            raise ModelError(f"{folder.path}: codec.json says another receptive field than the network has")
         self._folder = folder
         self.engine = engine
         self.settings = settings or Settings()

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,6 +141,19 @@ def test_stdin_goes_in_and_stdout_comes_out(
     assert main(["encode", str(photo_folder), "-o", "-", "-m", str(model_dir)]) == 2  # three files, one stdout
 
 
+def test_a_pipe_of_two_commands_works_with_many_workers(photo_folder: Path, model_dir: Path) -> None:
+    codec = f"{sys.executable} -m codec"
+    options = f"-o - -m {model_dir} -j 2 --dtype float32"
+    done = subprocess.run(
+        f"{codec} encode - {options} < {photo_folder / 'a.png'} | {codec} decode - {options}",
+        shell=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert images.size(done.stdout) == (80, 96)
+
+
 def test_one_source_may_go_to_a_file_of_its_own_name(photo_folder: Path, model_dir: Path, tmp_path: Path) -> None:
     for verb, source, target in (("encode", photo_folder / "a.png", "x.lcx"), ("decode", tmp_path / "x.lcx", "y.png")):
         assert main([verb, str(source), "-o", str(tmp_path / target), "-m", str(model_dir)]) == 0
@@ -162,7 +177,10 @@ def test_a_target_is_met_by_the_highest_quality_that_keeps_it(
     assert code == 0
     assert bitstream.read_header((out / "a.png.lcx").read_bytes()).quality == 0
     assert capsys.readouterr().err.count("more than the 50 that were asked for") == 3
-    assert encode("both", "--target-kb", "1", "--target-bpp", "1")[0] == 2
+    for wrong in (["--target-kb", "1", "--target-bpp", "1"], ["-q", "50", "--target-kb", "1"], ["--target-kb", "inf"]):
+        assert encode("wrong", *wrong)[0] == 2
+    assert encode("nothing", "--target-kb", "0")[0] == 0  # no file is that small: the smallest
+    assert bitstream.read_header((out.parent / "nothing" / "a.png.lcx").read_bytes()).quality == 0
 
 
 def test_effort_makes_smaller_files_of_the_same_image(
@@ -233,6 +251,10 @@ def test_a_damaged_tile_is_lost_alone_and_named(
     assert tree(tmp_path / "o") == []
     assert main([*command, "--salvage"]) == 1
     told = errors(capsys)
+    (tmp_path / "o" / "t.png.png").rename(tmp_path / "first.png")
+    assert main([*command, "--salvage", "--json"]) == 1
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["n_files"], summary["n_failed"], summary["n_done"]) == (1, 1, 0)
     assert any("3 of 4 tiles" in line for line in told)
     assert any("lost: x 0..31, y 32..59" in line for line in told)
     assert any("other pixels may have shifted" in line for line in told)
@@ -306,19 +328,67 @@ def test_the_json_summary_adds_up(encode: Callable[..., tuple[int, Path]], photo
     assert "on cpu" in captured.err
 
 
+def on_two_ranks(arguments: list[str]) -> tuple[list[int], list[dict[str, Any]], str]:
+    """Run the command as a launcher starts it; return exit codes, the JSON summaries of both, and all of stderr."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "codec", *arguments],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=240) for process in processes]
+    told = [json.loads(line) for out, _ in said for line in out.splitlines() if line.startswith("{")]
+    return [process.returncode for process in processes], told, "".join(error for _, error in said)
+
+
 def test_ranks_share_the_files_and_give_one_summary(
     photo_folder: Path, model_dir: Path, encode: Callable[..., tuple[int, Path]], tmp_path: Path
 ) -> None:
     _, alone = encode("alone")
     out = tmp_path / "ranks"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "codec"]
-    command += ["encode", str(photo_folder), "-o", str(out), "-m", str(model_dir), "--json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    codes, told, said = on_two_ranks(["encode", str(photo_folder), "-o", str(out), "-m", str(model_dir), "--json"])
+    assert codes == [0, 0], said
     assert [(one["n_files"], one["n_done"], one["processes"]) for one in told] == [(3, 3, 2)]
     assert contents(out) == contents(alone)
+
+
+@pytest.mark.parametrize("n_wrong", [2, 4])
+def test_ranks_end_as_one_process_would_when_files_need_another_model(
+    n_wrong: int, model_dir: Path, new_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    codecs = Codec.load(model_dir), Codec.load(new_model("other", seed=4))
+    for n in range(4):  # the second rank gets the odd ones
+        wrong = n % 2 == 1 or n_wrong == 4
+        write_atomic(tmp_path / "mixed" / f"{n}.png.lcx", codecs[wrong].encode(photo(20, 20)))
+    arguments = ["decode", str(tmp_path / "mixed"), "-o", str(tmp_path / "o"), "-m", str(model_dir), "--json"]
+    codes, told, said = on_two_ranks(arguments)
+    assert codes == [3, 3] if n_wrong == 4 else [1, 1], said
+    if n_wrong == 4:
+        assert told == []
+        assert said.count("needs stream") == 2
+    else:
+        assert [(one["n_files"], one["n_done"], one["n_failed"]) for one in told] == [(4, 2, 2)], said
+        assert tree(tmp_path / "o") == ["0.png.png", "2.png.png"]
+
+
+def test_ranks_without_a_launcher_are_refused_before_any_work(
+    encode: Callable[..., tuple[int, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    code, out = encode("o")
+    assert code == 2
+    assert tree(out) == []
 
 
 def test_a_full_disk_is_one_line_and_no_half_file(
