@@ -26,7 +26,8 @@ MAX_SIDE = 65535  # pixels
 MAX_PIXELS = 1 << 28
 MAX_TILES = 1 << 16
 MAX_F = 256
-MAX_TILE = 1 << 14  # latents a side
+MAX_TILE = 1 << 10  # latents a side
+MAX_TILE_AREA = MAX_TILE**2  # positions, of a single tile too: what reading a tile needs grows with it
 
 TILE = 16  # a tile chunk's type is TILE + its entropy mode
 MODES = 3  # entropy modes 0..2: raw, static, context
@@ -59,7 +60,8 @@ class Header:
         width: pixels, 1..65535.
         height: pixels, 1..65535.
         f: downsampling factor, a power of two, 1..256.
-        tile: side of a tile in latents, a power of two, 1..16384; 0 = the whole image is one tile.
+        tile: side of a tile in latents, a power of two, 1..1024; 0 = the whole image, of at most
+            2^20 latents a channel, is one tile.
     """
 
     stream_id: str
@@ -81,6 +83,10 @@ class Header:
         for name, value in (("stream id", self.stream_id), ("decoder id", self.decoder_id)):
             if not re.fullmatch("[0-9a-f]{16}", value):
                 raise FormatError(f"{name} {value!r}, expected 16 hex digits")
+        if not self.tile and self.grid[0] * self.grid[1] > MAX_TILE_AREA:
+            raise FormatError(
+                f"one tile of {self.grid[1]}x{self.grid[0]} latents, expected at most {MAX_TILE_AREA} in a tile"
+            )
         if self.n_tiles > MAX_TILES:
             raise FormatError(f"{self.n_tiles} tiles of {self.tile} latents a side, expected at most {MAX_TILES}")
 

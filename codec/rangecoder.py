@@ -15,10 +15,12 @@ from codec.errors import FormatError
 PRECISION_BITS = 16
 TOTAL = 1 << PRECISION_BITS  # every table's frequencies sum to this
 
+_TAIL_BYTES = 4  # what the encoder writes after the last symbol; the decoder is ahead by as many
 _TOP = 1 << 24  # below this, `range` is renormalised
 _MASK = (1 << 32) - 1
 _ESCAPE_LENGTH_BITS = 5
 _MAX_ESCAPE_LENGTH = 22  # of the distance between two indices within +-2^20, in bits
+_ENDS_EARLY = "damaged payload: it ends early"
 
 
 def encode(intervals: Iterable[tuple[int, int]]) -> bytes:
@@ -28,7 +30,8 @@ def encode(intervals: Iterable[tuple[int, int]]) -> bytes:
         intervals: (cumulative, frequency) of each symbol; frequency >= 1 and cumulative + frequency <= TOTAL.
 
     Returns:
-        The payload, without trailing zero bytes: the decoder reads zeros beyond the end.
+        The payload without its trailing zero bytes, of which at most four are dropped: the decoder reads no more than
+        four zeros beyond the end.
     """
     out = bytearray()
     low, range_ = 0, _MASK
@@ -51,8 +54,9 @@ def encode(intervals: Iterable[tuple[int, int]]) -> bytes:
     if value > _MASK:
         _carry(out)
         value &= _MASK
-    out += value.to_bytes(4, "big")
-    return bytes(out).rstrip(b"\0")
+    out += value.to_bytes(_TAIL_BYTES, "big")
+    least = len(out) - _TAIL_BYTES
+    return bytes(out[:least] + out[least:].rstrip(b"\0"))
 
 
 def _carry(out: bytearray) -> None:
@@ -91,17 +95,12 @@ class Decoder:
     """Reads symbols from one payload, in the order in which they were coded."""
 
     def __init__(self, payload: bytes) -> None:
-        """Start at the first byte.
-
-        Raises:
-            FormatError: the payload ends in a zero byte, which no encoder writes.
-        """
-        if payload.endswith(b"\0"):
-            raise FormatError("damaged payload: it ends in a zero byte")
-        self._payload = payload
-        self._position = 4
+        """Start at the first byte."""
+        self._size = len(payload)
+        self._payload = payload + bytes(_TAIL_BYTES)  # beyond it, indexing raises: the only check that reading needs
+        self._position = _TAIL_BYTES  # bytes read; at last the length of the payload before zeros were dropped
         self._range = _MASK
-        self._code = int.from_bytes(payload[:4].ljust(4, b"\0"), "big")
+        self._code = int.from_bytes(self._payload[:_TAIL_BYTES], "big")
 
     def symbols(self, tables: Iterable[Sequence[int]], stop: int = -1) -> list[int]:
         """Read one symbol under each table.
@@ -112,9 +111,9 @@ class Decoder:
             stop: reading ends after this symbol was read (it is returned as the last one); -1 never stops.
 
         Raises:
-            FormatError: the payload holds a position outside the scale, which no encoder writes.
+            FormatError: the payload holds a position outside the scale, which no encoder writes, or it ends early.
         """
-        payload, position, size = self._payload, self._position, len(self._payload)
+        payload, position = self._payload, self._position
         range_, code = self._range, self._code
         found: list[int] = []
         append = found.append
@@ -128,7 +127,10 @@ class Decoder:
             code -= unit * start
             range_ = unit * (cumulative[symbol + 1] - start)
             while range_ < _TOP:
-                code = (code << 8) | (payload[position] if position < size else 0)
+                try:
+                    code = (code << 8) | payload[position]
+                except IndexError:
+                    raise FormatError(_ENDS_EARLY) from None
                 position += 1
                 range_ <<= 8
             append(symbol)
@@ -138,7 +140,7 @@ class Decoder:
         return found
 
     def bits(self, n_bits: int) -> int:
-        """Read one number of `n_bits` (0 to 16) equiprobable bits."""
+        """Read one number of `n_bits` (0 to 16) equiprobable bits; raises FormatError as `symbols` does."""
         unit = (self._range >> PRECISION_BITS) << (PRECISION_BITS - n_bits)
         value = self._code // unit
         if value >> n_bits:
@@ -146,8 +148,9 @@ class Decoder:
         self._code -= unit * value
         self._range = unit
         while self._range < _TOP:
-            byte = self._payload[self._position] if self._position < len(self._payload) else 0
-            self._code = (self._code << 8) | byte
+            if self._position == len(self._payload):
+                raise FormatError(_ENDS_EARLY)
+            self._code = (self._code << 8) | self._payload[self._position]
             self._position += 1
             self._range <<= 8
         return value
@@ -156,7 +159,7 @@ class Decoder:
         """Read the value that `escape` coded.
 
         Raises:
-            FormatError: it is farther away than any index can be.
+            FormatError: it is farther away than any index can be, or the payload is damaged (see `symbols`).
         """
         below = self.bits(1)
         length = self.bits(_ESCAPE_LENGTH_BITS)
@@ -172,7 +175,9 @@ class Decoder:
         """End reading.
 
         Raises:
-            FormatError: bytes of the payload are left unread.
+            FormatError: bytes of the payload are left unread, or it ends in a zero byte that the encoder had dropped.
         """
-        if self._position < len(self._payload):
+        if self._position < self._size:
             raise FormatError("damaged payload: bytes left over after the last latent")
+        if self._position < self._size + _TAIL_BYTES and self._payload[self._size - 1 : self._size] == b"\0":
+            raise FormatError("damaged payload: it ends in a zero byte that should have been dropped")

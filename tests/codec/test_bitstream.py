@@ -46,12 +46,12 @@ def test_known_bytes() -> None:
 def test_overhead_of_a_file_without_metadata() -> None:
     header = Header(**IDS, quality=50, width=768, height=512, f=8)
     assert len(bitstream.pack(header, [Tile(2, 1, bytes(5000))])) - 5000 == 37
-    header = Header(**IDS, quality=50, width=16384, height=16384, f=8)
+    header = Header(**IDS, quality=50, width=16384, height=16384, f=16)
     assert len(bitstream.pack(header, [Tile(2, 1, bytes(50000))])) - 50000 == 40
 
 
 @pytest.mark.parametrize("size", [(1, 1), (127, 128), (65535, 1), (1, 65535), (16384, 16384)])
-@pytest.mark.parametrize("geometry", [(1, 16384), (8, 0), (8, 64), (256, 1)])
+@pytest.mark.parametrize("geometry", [(1, 1024), (16, 0), (8, 64), (256, 1)])
 def test_round_trip_of_sizes_and_geometries(size: tuple[int, int], geometry: tuple[int, int]) -> None:
     header = tiled(*size, tile=geometry[1], f=geometry[0])
     tiles = random_tiles(header, size=3)
@@ -88,6 +88,15 @@ def test_check_is_the_one_of_the_format_and_depends_on_everything() -> None:
     assert check not in others
 
 
+def test_the_largest_tiles() -> None:
+    for header in (tiled(8192, 8192, tile=0), tiled(65535, 16, tile=0, f=1), tiled(16384, 16384, tile=1024, f=1)):
+        data = bitstream.pack(header, random_tiles(header, size=3))
+        assert bitstream.read_header(data) == header
+        assert (
+            max((r.stop - r.start) * (c.stop - c.start) for r, c in header.tiles()) <= bitstream.MAX_TILE_AREA == 2**20
+        )
+
+
 # --- what is refused
 
 
@@ -105,7 +114,9 @@ def test_sizes_that_the_format_cannot_hold(size: tuple[int, int]) -> None:
         ({"f": 512}, "downsampling factor 512"),
         ({"tile": 3}, "tile side 3"),
         ({"tile": -8}, "tile side -8"),
-        ({"tile": 1 << 15}, "tile side 32768"),
+        ({"tile": 2048}, "tile side 2048, expected 0 or a power of two, at most 1024"),
+        ({"width": 8193, "height": 8192}, "one tile of 1025x1024 latents, expected at most 1048576"),
+        ({"width": 65535, "height": 17, "f": 1}, "one tile of 65535x17 latents"),
         ({"stream_id": "0123"}, "stream id '0123'"),
         ({"decoder_id": "G" * 16}, "decoder id 'GGG"),
         ({"width": 65535, "height": 4096, "f": 1, "tile": 4}, "16777216|16776192 tiles"),
@@ -150,6 +161,8 @@ TILE = b"\x10\x03abc"
         (START + b"\x32\x3f\x09\x09" + TILE + bytes(4), "^damaged: the CRC-32"),
         (with_crc(START + b"\x65\x3f\x01\x01" + TILE), "quality 101"),
         (with_crc(START + b"\x32\x9f\x01\x01" + TILE), "downsampling factor 512"),
+        *((with_crc(START + bytes([0x32, 0x30 + log2, 9, 9]) + TILE), "tile side") for log2 in range(11, 15)),
+        (with_crc(START + b"\x32\x3f\x80\x80\x01\x80\x80\x01\x12\x03abc"), "one tile of 2048x2048 latents"),
         (with_crc(START + b"\x32\x3f\x00\x01" + TILE), "image size 0x1"),
         (with_crc(START + b"\x32\x00\xff\xff\x03\xff\x1f" + TILE), "tiles of 1 latents"),
         (with_crc(START + b"\x32\x3f\xff\xff\xff\xff\xff\xff"), "the width is no number"),

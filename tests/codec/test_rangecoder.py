@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
@@ -80,10 +82,66 @@ def test_no_symbols_no_bytes() -> None:
 
 @pytest.mark.parametrize(("payload", "message"), [(b"\x80\0", "zero byte"), (b"\x80\0\0\0\x01\x01", "left over")])
 def test_a_payload_that_is_too_long_is_a_format_error(payload: bytes, message: str) -> None:
-    with pytest.raises(FormatError, match=message):  # noqa: PT012 - either may find it
-        decoder = rangecoder.Decoder(payload)
-        decoder.symbols([FLAT])
+    decoder = rangecoder.Decoder(payload)
+    decoder.symbols([FLAT])
+    with pytest.raises(FormatError, match=message):
         decoder.finish()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 1000])
+def test_at_most_four_zero_bytes_are_dropped_and_read_beyond_the_end(count: int) -> None:
+    """Symbols whose intervals start at 0 are nothing but zeros: all that counts is how many."""
+    payload = rangecoder.encode(intervals([0] * count, FLAT))
+    assert payload == bytes(count)  # each symbol writes a byte, and the four of the end are dropped
+    decoder = rangecoder.Decoder(payload)
+    assert decoder.symbols([FLAT] * count) == [0] * count
+    decoder.finish()
+    with pytest.raises(FormatError, match="ends early"):
+        rangecoder.Decoder(payload[:-1]).symbols([FLAT] * count)
+    for extra in range(1, 5):
+        decoder = rangecoder.Decoder(payload + bytes(extra))
+        decoder.symbols([FLAT] * count)
+        with pytest.raises(FormatError, match="zero byte"):
+            decoder.finish()
+
+
+def test_every_payload_has_one_length() -> None:
+    """Of all endings in zeros, the decoder takes the encoder's and no other."""
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        symbols = rng.integers(0, 2, rng.integers(0, 9)).tolist() + [0] * int(rng.integers(0, 9))
+        coded = rangecoder.encode(intervals(symbols, FLAT))
+        accepted = []
+        stem = coded.rstrip(b"\0")
+        for zeros in range(len(coded) - len(stem) + 7):
+            try:
+                decoder = rangecoder.Decoder(stem + bytes(zeros))
+                decoder.symbols([FLAT] * len(symbols))
+                decoder.finish()
+            except FormatError:
+                continue
+            accepted.append(stem + bytes(zeros))
+        assert accepted == [coded]
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 9])
+def test_a_payload_that_ends_early_is_refused_after_as_many_symbols_as_it_has_bytes(size: int) -> None:
+    taken = 0
+
+    def endless() -> Iterator[list[int]]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield FLAT
+
+    with pytest.raises(FormatError, match="ends early"):
+        rangecoder.Decoder(bytes(size)).symbols(endless())
+    assert taken == size + 1
+    decoder = rangecoder.Decoder(bytes(size))
+    for _ in range(size):
+        assert decoder.bits(8) == 0
+    with pytest.raises(FormatError, match="ends early"):
+        decoder.bits(8)
 
 
 def test_known_bytes() -> None:

@@ -2,12 +2,13 @@
 
 import contextlib
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from codec import bitstream
-from codec.bitstream import Chunk, Tile
+from codec.bitstream import Chunk, Header, Tile
 from codec.errors import FormatError
 from codec.salvage import Salvage, salvage
 from tests.codec.test_bitstream import mutations, random_tiles, tiled
@@ -16,6 +17,7 @@ HEADER = tiled(width=1000, height=700, tile=16)
 TILES = random_tiles(HEADER, seed=1, size=900)
 CHUNKS = [Chunk(bitstream.INFO, b"\x01"), Chunk(bitstream.ICC, bytes(range(200)))]
 DATA = bitstream.pack(HEADER, TILES, CHUNKS)
+LOST = "alpha, profile or metadata may be lost"
 STARTS = [span.at for span in bitstream.walk(DATA, 27, len(DATA) - 4) if span.is_tile]
 
 
@@ -47,9 +49,47 @@ def test_damaged_type_or_length_costs_one_tile_at_most() -> None:
             for bit in range(8):
                 found = salvage(flipped(start + offset, 1 << bit))
                 recovered.append(n_same(found))
-                assert found.chunks == CHUNKS or found.damage
+                assert found.chunks == CHUNKS or start == STARTS[-1]
     assert sum(count >= 47 for count in recovered) > 0.98 * len(recovered)  # the rest fit elsewhere by chance
     assert sum(count == 48 for count in recovered) > 0.4 * len(recovered)  # a length alone is found again
+
+
+@pytest.mark.parametrize("alpha", [b"\x08\x7f", np.random.default_rng(3).bytes(300)], ids=["short", "long"])
+@pytest.mark.parametrize("n_others", [1, 2])
+@pytest.mark.parametrize("header", [tiled(tile=0), tiled()], ids=["one tile", "many tiles"])
+def test_damaged_type_or_length_of_alpha_costs_alpha_alone(header: Header, n_others: int, alpha: bytes) -> None:
+    tiles, others = random_tiles(header, seed=2), CHUNKS[-n_others:]
+    data = bitstream.pack(header, tiles, [Chunk(bitstream.ALPHA, alpha), *others])
+    start = data.index(alpha) - 1 - len(bitstream.varint(len(alpha)))
+    for position in range(start, data.index(alpha)):
+        for bit in range(8):
+            found = salvage(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
+            assert found.tiles == tiles
+            assert [chunk for chunk in found.chunks if chunk.kind != bitstream.ALPHA] == others
+            assert LOST in found.damage[-1]
+
+
+@pytest.mark.parametrize("chunks", [[], CHUNKS, CHUNKS[1:]])
+@pytest.mark.parametrize("header", [tiled(tile=0), tiled()], ids=["one tile", "many tiles"])
+def test_damaged_length_of_the_last_tile_costs_nothing(header: Header, chunks: list[Chunk]) -> None:
+    tiles = [*random_tiles(header)[:-1], Tile(1, 7, np.random.default_rng(5).bytes(300))]
+    data = bitstream.pack(header, tiles, chunks)
+    start = data.index(tiles[-1].payload) - bitstream.CHECK_BYTES
+    for position in (start - 2, start - 1):
+        for bit in range(8):
+            found = salvage(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
+            assert (found.tiles, found.chunks) == (tiles, chunks)
+            assert len(found.damage) == 1
+
+
+def test_file_cut_within_or_behind_its_last_chunk_says_so() -> None:
+    stop = len(DATA) - bitstream.CRC.size
+    for length in range(stop - 200 - 3, len(DATA)):  # from the start of the ICC chunk on
+        found = salvage(DATA[:length])
+        assert n_same(found) == 48
+        assert CHUNKS[0] in found.chunks
+        assert LOST in found.damage[-1]
+        assert (CHUNKS[1] in found.chunks) == (length >= stop)
 
 
 def test_burst_costs_the_tiles_that_it_hits() -> None:
@@ -133,3 +173,18 @@ def test_hostile_bytes_take_linear_time(filling: bytes) -> None:
     found = salvage(start + filling * (50_000 // len(filling)))
     assert len(found.tiles) == 65536
     assert time.process_time() - started < 5  # about 0.1 s
+
+
+@pytest.mark.parametrize("filling", [b"\x10", b"\x83\x00"])
+def test_hostile_bytes_take_little_memory(filling: bytes) -> None:
+    header = tiled(tile=0)
+    data = bitstream.pack(header, random_tiles(header)) + filling * ((1 << 20) // len(filling))
+    tracemalloc.start()
+    started = time.process_time()
+    found = salvage(data)
+    time_s = time.process_time() - started
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.tiles) == 1
+    assert time_s < 10  # about 1 s, most of it for tracemalloc
+    assert peak < 32 << 20

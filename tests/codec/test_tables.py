@@ -1,6 +1,7 @@
 import hashlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -139,6 +140,28 @@ def test_leftover_payload_is_a_format_error(fitted: Fitted, mode: Mode) -> None:
     for extra in (b"\x01\x02\x03\x04\x05", b"\0"):
         with pytest.raises(FormatError, match=r"left over|zero byte"):
             fitted[0].decode(mode, payload + extra, (3, 4), 50)
+
+
+@pytest.mark.parametrize("mode", EVERY)
+@pytest.mark.parametrize("payload", [b"", b"\x01", b"\0\0\0", b"\x12\x34\x56\x78\x9a"])
+def test_short_payloads_of_large_grids_are_refused_at_once(
+    fitted: Fitted, mode: Mode, payload: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No index is read of bytes that are not there; it once took minutes, escape after escape."""
+    calls = 0
+    escaped = rangecoder.Decoder.escaped
+
+    def counted(decoder: rangecoder.Decoder, first: int, last: int) -> int:
+        nonlocal calls
+        calls += 1
+        return escaped(decoder, first, last)
+
+    monkeypatch.setattr(rangecoder.Decoder, "escaped", counted)
+    start = time.process_time()
+    with pytest.raises(FormatError, match="early"):
+        fitted[0].decode(mode, payload, (1024, 1024), 100)
+    assert time.process_time() - start < 5  # order and neighbours of the grid take most of it
+    assert calls <= 2 * len(payload) + 2  # each takes six bits or more
 
 
 def test_raw_payloads_are_checked(fitted: Fitted) -> None:
