@@ -322,7 +322,7 @@ def _check(codec: Codec, validation: Sequence[SampleRef], bad: list[tuple[str, s
     """
     statistics = LatentStatistics(codec.model.channels)
     qualities = (0, 25, 50, 75, 100)
-    rows: dict[int, list[tuple[float, float]]] = {quality: [] for quality in qualities}
+    rows: dict[int, list[tuple[float, float, float]]] = {quality: [] for quality in qualities}
     ceiling = []
     n_held_out = 0
     for _, image in whole_images(validation, STATISTICS_SIDE, codec.model.f, bad):
