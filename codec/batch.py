@@ -322,8 +322,10 @@ def failure(path: Path, exception: Exception, target: Path | None = None) -> str
     return message if message.startswith(f"{path}: ") else f"{path}: {message}"
 
 
-def n_jobs(asked: int) -> int:
+def n_jobs(asked: int, todo: Sequence[Item]) -> int:
     """Return how many workers read, code and write; 0 = half the processors, 1 to 8."""
+    if any(item.is_stdin or item.target is None for item in todo):
+        return 1  # other processes have no stdin, and stdout is this one's; both go alone
     return asked or min(_MOST_JOBS, max(1, (os.cpu_count() or 1) // 2))
 
 

@@ -213,7 +213,7 @@ def decode(
             read.size_bytes, len(data), n_pixels, read.size_bytes, tuple(damage or ()), flawed=damage is not None
         )
 
-    n_jobs = 1 if todo and todo[0].is_stdin else batch.n_jobs(jobs)  # other processes have no stdin; it goes alone
+    n_jobs = batch.n_jobs(jobs, todo)
     reader = _Reader(tuple(folder.path for folder in folders), strict, rectangle, salvage)
     with batch.workers(n_jobs) as (threads, coders), report.progress("decoding"):
         for outcome in pipelined(todo, reader, network, finish, readers=coders, writers=threads, ahead=n_jobs):

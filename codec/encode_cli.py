@@ -169,7 +169,7 @@ def encode(
             height, width = got.pixels.shape[:2]
             return _Made(codec.engine.encode(got.pixels), width, height, got.chunks, got.source_bytes, got.notes)
 
-        n_jobs = batch.n_jobs(jobs)
+        n_jobs = batch.n_jobs(jobs, todo)
         with batch.workers(n_jobs) as (threads, coders), report.progress("encoding"):
             for outcome in pipelined(todo, read, network, finish, readers=threads, writers=coders, ahead=n_jobs):
                 report.add(outcome)

@@ -12,7 +12,6 @@ from rich.table import Table
 
 import codec
 from codec import console
-from codec.coding import DEFAULT_EFFORT, Settings
 from codec.console import Exit, error, stderr
 from codec.errors import UsageError
 from eval.bench_cli import bench_command
@@ -65,10 +64,13 @@ def rd(
     dtype: Annotated[
         str, typer.Option(help="What models compute in: auto (bfloat16 where the hardware does), bfloat16, float32.")
     ] = "auto",
-    effort: Annotated[int, typer.Option(min=0, max=9, help="As of `codec encode`.")] = DEFAULT_EFFORT,
+    effort: Annotated[
+        int | None, typer.Option(min=0, max=9, help="As of `codec encode`; default: its.", show_default=False)
+    ] = None,
 ) -> int:
     """Rate-distortion of models and classical codecs: rd.json, one plot per metric, a picture at equal file size."""
     from codec import files
+    from codec.coding import Settings
     from codec.images import EXTENSIONS
     from eval import baselines as classical
 
@@ -79,7 +81,7 @@ def rd(
     if not model and not chosen:
         raise UsageError("nothing to measure: give a model with -m or at least one of --baselines")
     distance = _features(features, device)
-    how = Settings(effort=effort)
+    how = Settings() if effort is None else Settings(effort=effort)
     models = [codec.Codec.load(folder, device=device, dtype=dtype, settings=how) for folder in model or []]
 
     from eval import pictures, plots
@@ -88,7 +90,7 @@ def rd(
     command = ["codec-eval", "rd", *map(str, images), *(f"-m={folder}" for folder in model or [])]
     command += [f"--baselines={baselines}", f"--qualities={qualities}", f"--picture-bpp={picture_bpp}"]
     command += [f"--features={features}"] * bool(features) + [f"--limit={limit}"] * bool(limit)
-    command += [f"--device={device}", f"--dtype={dtype}", f"--effort={effort}", f"--out={out}"]
+    command += [f"--device={device}", f"--dtype={dtype}", f"--effort={how.effort}", f"--out={out}"]
     name = ", ".join(dict.fromkeys(path.resolve().name for path in images)) if len(images) < 4 else "images"
     result = run_rd(sources, models, chosen, model_qualities, distance, shlex.join(command), name)
     write_json(result, out / "rd.json")

@@ -127,7 +127,7 @@ def test_stdin_goes_in_and_stdout_comes_out(
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         monkeypatch.setattr(sys, "stdout", out)
         try:
-            assert main([*arguments, "-m", str(model_dir)]) == 0
+            assert main([*arguments, "-m", str(model_dir), "-j", "2"]) == 0  # whose workers have no stdin
         finally:
             monkeypatch.undo()
         return out.buffer.getvalue()  # type: ignore[attr-defined]
@@ -141,6 +141,7 @@ def test_stdin_goes_in_and_stdout_comes_out(
     assert main(["encode", str(photo_folder), "-o", "-", "-m", str(model_dir)]) == 2  # three files, one stdout
 
 
+@pytest.mark.slow
 def test_a_pipe_of_two_commands_works_with_many_workers(photo_folder: Path, model_dir: Path) -> None:
     codec = f"{sys.executable} -m codec"
     options = f"-o - -m {model_dir} -j 2 --dtype float32"
@@ -360,6 +361,7 @@ def test_ranks_share_the_files_and_give_one_summary(
     assert contents(out) == contents(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_wrong", [2, 4])
 def test_ranks_end_as_one_process_would_when_files_need_another_model(
     n_wrong: int, model_dir: Path, new_model: Callable[..., Path], tmp_path: Path

@@ -19,8 +19,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from codec import Codec, images, model_folder
+from codec.coding import Settings
 from codec.pixels import to_float
 from codec.shards import read_index
+from codec.tables import Mode
 from eval.metrics import psnr
 from tests.train.conftest import tiny_trainer
 from train.autoencoder import AutoencoderTask
@@ -187,8 +189,8 @@ def test_the_coarsest_quality_is_at_its_rate_on_the_training_images(run_folder: 
     training, _ = split(read_index(shards), 2)
     bits = pixels = 0.0
     for _, image in whole_images(training, 1024, 2):
-        _, indices = codec.indices(codec.encode(image, 0))
-        bits += codec._folder.table_sets[codec.stream_id].bits(indices, 0)
+        _, indices = codec.indices(codec.encode(image, settings=Settings(quality=0, effort=0)))
+        bits += codec.coder.folder.table_sets[codec.stream_id].bits(indices, 0, Mode.STATIC)
         pixels += image.shape[0] * image.shape[1]
     assert bits / pixels == pytest.approx(0.08, rel=0.05)
 
