@@ -19,7 +19,7 @@ from codec.errors import NonFiniteError, UsageError, ran_out_of_memory
 from codec.latent_model import LatentModel, decoder_id, latent_model, load_network
 from codec.pixels import to_float, to_uint8
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
 # Of the device's memory: beyond the first share an image goes through in tiles, which use up to the second. On a CPU
 # tiles take no longer than the whole.

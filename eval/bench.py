@@ -17,12 +17,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from codec import fast
+from codec.engine import DTYPES
 from codec.errors import UsageError
 from codec.latent_model import latent_model, load_network
 from eval.environment import commit, hardware, versions
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Names of what can be computed in."""
 
 
 @dataclass(frozen=True, kw_only=True)
