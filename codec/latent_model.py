@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from diffusers.utils import logging as diffusers_logging
 
 from codec import model_folder
@@ -39,7 +39,7 @@ class LatentModel(Protocol):
 
     Attributes:
         network: the diffusers module.
-        family: what recipes call it, "kl" or "tiny".
+        family: "kl" or "tiny", as recipes call them, or "vq".
         f: downsampling factor; H and W must be multiples of it.
         channels: D.
         scaling_factor: see `shift_factor`.
@@ -149,7 +149,59 @@ def _tiny_receptive_field(config: Any, f: int) -> int | None:
     return radius
 
 
-ADAPTERS: dict[type[torch.nn.Module], Any] = {AutoencoderKL: KLModel, AutoencoderTiny: TinyModel}
+class CodebookModel:
+    """Adapter of `diffusers.VQModel`: latents are continuous, and `decode` moves each to its nearest codebook vector.
+
+    Attributes:
+        codebook_size: K.
+        codebook: (K, D), D = `channels`.
+    """
+
+    family = "vq"
+    receptive_field: int | None = None  # GroupNorm looks at the whole image
+
+    def __init__(self, network: VQModel) -> None:
+        config = network.config
+        self.network: torch.nn.Module = network
+        self._vq = network
+        self.f = 2 ** (len(config.block_out_channels) - 1)
+        self.channels = int(network.quantize.vq_embed_dim)
+        self.codebook_size = int(config.num_vq_embeddings)
+        self.scaling_factor = float(config.scaling_factor)
+        self.shift_factor = 0.0  # VQModel has none
+        self.decoder_out: torch.nn.Module = network.decoder.conv_out
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """See the class."""
+        weight: torch.Tensor = self._vq.quantize.embedding.weight
+        return weight
+
+    def encode(self, x: torch.Tensor) -> Posterior:
+        """See `LatentModel.encode`; the latents before they are quantised."""
+        return Posterior(self._vq.encode(x).latents.float(), None)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """See `LatentModel.decode`; z is quantised first."""
+        x_hat: torch.Tensor = self._vq.decode(z).sample
+        return x_hat
+
+    def indices(self, x: torch.Tensor) -> torch.Tensor:
+        """Return which codebook vectors stand for x, (B, h, w) int64 in [0, K)."""
+        return self.quantise(self.encode(x).mean)
+
+    def quantise(self, z: torch.Tensor) -> torch.Tensor:
+        """Return the indices of the codebook vectors nearest to raw latents: (B, D, h, w) -> (B, h, w) int64."""
+        _, _, (_, _, nearest) = self._vq.quantize(z)
+        indices: torch.Tensor = nearest.reshape(z.shape[0], *z.shape[2:])
+        return indices
+
+
+ADAPTERS: dict[type[torch.nn.Module], Any] = {
+    AutoencoderKL: KLModel,
+    AutoencoderTiny: TinyModel,
+    VQModel: CodebookModel,
+}
 """diffusers class -> adapter."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
 from codec import fast, plan, tiled_tiny
 from codec.errors import ModelError
@@ -60,6 +60,10 @@ def estimate(
         if tiled:
             return _kl_tiled(coder, f, n_pixels, item_bytes, budget_bytes)
         return _kl(network, coder, f, n_pixels, item_bytes)
+    if isinstance(network, VQModel):
+        if tiled:
+            raise ModelError("a VQModel cannot be run in stripes")
+        return _kl(network, network.encoder if what == "encode" else network.decoder, f, n_pixels, item_bytes)
     if not isinstance(network, AutoencoderTiny):
         raise ModelError(f"no estimate of the memory that a {type(network).__name__} needs")
     layers = list((network.encoder if what == "encode" else network.decoder).layers)

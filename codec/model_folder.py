@@ -52,7 +52,22 @@ DECODER_FIELDS = {
         "upsample_fn",
         "upsampling_scaling_factor",
     ),
+    "VQModel": (
+        "_class_name",
+        "act_fn",
+        "block_out_channels",
+        "latent_channels",
+        "layers_per_block",
+        "mid_block_add_attention",
+        "norm_num_groups",
+        "norm_type",
+        "num_vq_embeddings",
+        "out_channels",
+        "up_block_types",
+        "vq_embed_dim",
+    ),
 }
+_DECODER_PARTS = ("decoder.", "post_quant_conv.", "quantize.")  # beginnings of the decoder's tensors' names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +214,7 @@ def decoder_digest(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray])
     sha = hashlib.sha256(b"latent-codec decoder 0")
     sha.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(tensors):
-        if name.startswith(("decoder.", "post_quant_conv.")):
+        if name.startswith(_DECODER_PARTS):
             with np.errstate(over="ignore"):  # beyond float16 is inf on both sides
                 sha.update(name.encode() + b"\0" + np.ascontiguousarray(tensors[name], dtype="<f2").tobytes())
     return sha.hexdigest()[:16]

@@ -33,6 +33,8 @@ class Codec:
             settings: how images are coded when `encode` is not told; None = the defaults.
         """
         model = engine.model
+        if model.family == "vq":
+            raise ModelError(f"{folder.path}: a VQModel; the codec does not code its codebook indices yet")
         if (folder.f, folder.channels) != (model.f, model.channels):
             raise ModelError(
                 f"{folder.path}: codec.json says f {folder.f}, {folder.channels} channels; "

@@ -167,7 +167,8 @@ def _steps(
 
 def _layers(network: torch.nn.Module, part: str) -> list[torch.nn.Module]:
     if not isinstance(network, AutoencoderTiny):
-        raise ModelError(f"a {type(network).__name__} cannot be run in stripes")
+        name = type(network).__name__
+        raise ModelError(f"a {name} cannot be run in stripes, as an image beyond the memory or the dtype has to be")
     layers = list(getattr(network, part).layers)
     tiled_tiny.check(layers)
     return layers

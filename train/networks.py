@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from torch import nn
 
 from codec.errors import UsageError
@@ -23,10 +23,10 @@ def build_network(config: ModelConfig) -> nn.Module:
 
     Raises:
         ModelError: `init_from` is missing, damaged, or of a class that is not supported.
-        UsageError: only the decoder of a network without trained weights is to be trained.
+        UsageError: only the decoder of a network without trained weights is to be trained; a VQModel.
     """
     if config.init_from:
-        network = load_network(Path(config.init_from)).train()
+        network = _trainable(load_network(Path(config.init_from)), "model.init_from").train()
     elif decoder_only(config):
         raise UsageError("model.trainable = decoder: the latents of which autoencoder? Set model.init_from=FOLDER")
     else:
@@ -61,8 +61,16 @@ def load_teacher(folder: Path) -> nn.Module:
 
     Raises:
         ModelError: see `codec.latent_model.load_network`.
+        UsageError: a VQModel.
     """
-    return load_network(folder).eval().requires_grad_(False)
+    return _trainable(load_network(folder), "model.teacher").eval().requires_grad_(False)
+
+
+def _trainable(network: nn.Module, field: str) -> nn.Module:
+    """Return the network; raises UsageError, naming the recipe's field, for a class that only the evaluation takes."""
+    if isinstance(network, VQModel):
+        raise UsageError(f"{field}: a VQModel; only AutoencoderKL and AutoencoderTiny can be trained or taught from")
+    return network
 
 
 def check_teacher(teacher: LatentModel, student: LatentModel) -> None:

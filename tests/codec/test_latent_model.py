@@ -4,13 +4,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from safetensors.torch import load_file, save_file
 
+from codec import Codec, model_folder, tables
+from codec.engine import Engine, EngineConfig
 from codec.errors import ModelError, UsageError
-from codec.latent_model import KLModel, TinyModel, decoder_id, latent_model, load_latent_model, load_network
+from codec.latent_model import (
+    CodebookModel,
+    KLModel,
+    TinyModel,
+    decoder_id,
+    latent_model,
+    load_latent_model,
+    load_network,
+)
+from codec.pixels import to_float, to_uint8
+from tests.conftest import photo
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -38,6 +51,22 @@ def kl(**more: Any) -> AutoencoderKL:
         norm_num_groups=4,
         **({"scaling_factor": 1.0, "shift_factor": 0.0} | more),
     )
+
+
+def vq(**more: Any) -> VQModel:
+    torch.manual_seed(0)
+    network = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        num_vq_embeddings=32,
+        scaling_factor=0.5,
+        **({"block_out_channels": (8, 16)} | more),
+    )
+    torch.nn.init.normal_(
+        network.quantize.embedding.weight, std=0.3
+    )  # diffusers' are all but zero: one serves every latent
+    return network
 
 
 def picture(side: int = 16) -> torch.Tensor:
@@ -123,11 +152,71 @@ def test_a_tiny_network_that_changes_the_size_is_refused(tmp_path: Path) -> None
 
 
 def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="class Linear, expected AutoencoderKL or AutoencoderTiny"):
+    with pytest.raises(ModelError, match="class Linear, expected AutoencoderKL or AutoencoderTiny or VQModel"):
         latent_model(torch.nn.Linear(1, 1))
-    VQModel(block_out_channels=(8,), norm_num_groups=4, num_vq_embeddings=4).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="class VQModel, expected AutoencoderKL or AutoencoderTiny"):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
+    with pytest.raises(ModelError, match="class AutoencoderDC, expected AutoencoderKL or AutoencoderTiny or VQModel"):
         load_latent_model(tmp_path)
+
+
+@pytest.mark.parametrize("more", [{}, {"vq_embed_dim": 5}, {"norm_type": "spatial", "block_out_channels": (32, 32)}])
+def test_a_vq_model_decodes_the_codebook_vectors_that_it_names(more: dict[str, Any]) -> None:
+    network = vq(**more).eval()
+    model = latent_model(network)
+    assert isinstance(model, CodebookModel)
+    dimensions = more.get("vq_embed_dim", 3)
+    assert (model.family, model.f, model.channels, model.codebook_size) == ("vq", 2, dimensions, 32)
+    assert (model.scaling_factor, model.shift_factor, model.receptive_field) == (0.5, 0.0, None)
+    x = picture(16).repeat(2, 1, 1, 1) * torch.tensor([1.0, 0.3])[:, None, None, None]
+    with torch.no_grad():
+        posterior, indices = model.encode(x), model.indices(x)
+        assert posterior.logvar is None
+        assert torch.equal(posterior.mean, network.encode(x).latents)
+        assert (indices.shape, indices.dtype) == ((2, 8, 8), torch.int64)
+        assert len(indices.unique()) > 1
+        z = posterior.mean.permute(0, 2, 3, 1)[..., None, :]  # (B, h, w, 1, D)
+        assert torch.equal(indices, (z - model.codebook).square().sum(-1).argmin(-1))
+        z_q = model.codebook[indices].permute(0, 3, 1, 2)
+        torch.testing.assert_close(model.decode(posterior.mean), network.decode(z_q, force_not_quantize=True).sample)
+        assert torch.equal(model.quantise(z_q), indices)
+
+
+def test_a_vq_folder_reconstructs_and_is_refused_where_it_cannot_serve(tmp_path: Path) -> None:
+    network = vq()
+    network.save_pretrained(tmp_path)
+    image = photo(31, 46)
+    engine = Engine.load(tmp_path, EngineConfig(device="cpu", dtype="float32"))
+    assert engine.decoder_id == decoder_id(network)
+    x_hat = engine.decode(engine.encode(image), 31, 46)
+    padded = to_float(np.pad(image, ((0, 1), (0, 0), (0, 0)), mode="edge"))[None]
+    with torch.no_grad():
+        expected = to_uint8(network.eval()(padded).sample[0])[:31]
+    assert np.mean(x_hat != expected) < 0.01
+    small = Engine.load(tmp_path, EngineConfig(device="cpu", memory_bytes=1_000_000))
+    for call in (lambda: small.encode(image), lambda: small.decode(np.zeros((3, 16, 23), np.float32), 31, 46)):
+        with pytest.raises(ModelError, match="VQModel cannot be run in stripes"):
+            call()
+    model_folder.write(
+        tmp_path,
+        info={"name": "vq", "family": "vq", "f": 2, "latent_channels": 3, "decoder_id": engine.decoder_id},
+        mean=np.zeros(3),
+        step=np.ones(3),
+        table_sets=[tables.fit([engine.encode(image)], np.zeros(3), np.ones(3))],
+    )
+    with pytest.raises(ModelError, match=f"{tmp_path.name}: a VQModel; the codec does not code"):
+        Codec.load(tmp_path, "cpu")
+
+
+def test_the_decoder_id_of_vq_covers_its_codebook() -> None:
+    network = vq()
+    base = decoder_id(network)
+    with torch.no_grad():
+        network.encoder.conv_in.weight.mul_(2)
+    assert decoder_id(network) == base
+    with torch.no_grad():
+        network.quantize.embedding.weight[3] += 1
+    assert decoder_id(network) != base
+    assert len({base, decoder_id(vq(layers_per_block=2)), decoder_id(vq(act_fn="relu"))}) == 3
 
 
 @pytest.mark.parametrize("make", [kl, tiny])
@@ -222,7 +311,7 @@ def test_loading_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 def test_the_decoder_ids_of_files_in_the_world_stay() -> None:
     """Written into every compressed file: an id that changes here makes old files look foreign."""
-    for network, pinned in ((kl(), "0e82f9322464e17f"), (tiny(), "f729087a4f28317e")):
+    for network, pinned in ((kl(), "0e82f9322464e17f"), (tiny(), "f729087a4f28317e"), (vq(), "bf54a226f1e2709b")):
         with torch.no_grad():
             for n, parameter in enumerate(network.parameters()):
                 values = torch.arange(parameter.numel()) % 17 - 8

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import nn
 
@@ -133,6 +133,14 @@ def test_init_from_takes_the_folders_network_whatever_the_recipe_says(base: Mode
     assert all(torch.equal(saved[name], tensor) for name, tensor in network.state_dict().items())
     assert {(p.dtype, p.requires_grad) for p in network.parameters()} == {(torch.float32, True)}
     assert network.training
+
+
+def test_a_vq_model_is_neither_a_start_nor_a_teacher(tmp_path: Path) -> None:
+    VQModel(block_out_channels=(8,), norm_num_groups=4, num_vq_embeddings=4).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"model\.init_from: a VQModel; only"):
+        build_network(ModelConfig(init_from=str(tmp_path)))
+    with pytest.raises(UsageError, match=r"model\.teacher: a VQModel; only"):
+        load_teacher(tmp_path)
 
 
 def test_init_from_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
