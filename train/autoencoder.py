@@ -20,6 +20,7 @@ from torch import nn
 from codec import console
 from codec.errors import UsageError
 from codec.latent_model import LatentModel, latent_model
+from codec.latent_transform import LatentTransform
 from codec.pixels import to_float
 from codec.shards import SampleRef
 from train import draws as positions_draws
@@ -30,7 +31,7 @@ from train.discriminator import build_discriminator
 from train.draws import LATENT_NOISE, PER_BATCH, PER_IMAGE, POSTERIOR, UNIFORM
 from train.export import export_model, load_discriminator_state
 from train.health import Monitor
-from train.latent_losses import FeatureAlignment, LatentScale, LatentTransform, latent_moments
+from train.latent_losses import FeatureAlignment, LatentScale, latent_moments
 from train.losses import ReconstructionLoss, kl_loss, kl_nats, kl_weight_in_ldm
 from train.module import AutoencoderModule, Draws, Outputs, compile_blocks
 from train.networks import build_network, check_teacher, checkpoint_activations, decoder_only, load_teacher

@@ -18,7 +18,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from codec.latent_model import latent_model
-from train.latent_losses import LatentTransform, noisy_latents
+from codec.latent_transform import LatentTransform
+from train.latent_losses import noisy_latents
 from train.rate import RateModel
 
 

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from codec.errors import UsageError
 from codec.latent_model import Posterior
+from codec.latent_transform import LatentTransform
 from codec.pixels import to_float
 from codec.statistics import LatentStatistics
 from tests.conftest import photo
-from train.latent_losses import FeatureAlignment, LatentScale, LatentTransform, latent_moments, noisy_latents
+from train.latent_losses import FeatureAlignment, LatentScale, latent_moments, noisy_latents
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
