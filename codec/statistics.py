@@ -54,19 +54,29 @@ class LatentStatistics:
         """Add a batch: raw posterior of (B, D, h, w)."""
         z = posterior.mean.detach().double().cpu().numpy()
         batch = np.moveaxis(z, 1, 0).reshape(z.shape[1], -1)  # (D, B*h*w)
-        n = batch.shape[1]
         mean = batch.mean(axis=1)
-        delta = mean - self._mean
-        total = self._n + n
-        self._m2 += ((batch - mean[:, None]) ** 2).sum(axis=1) + delta**2 * (self._n * n / total)
-        self._mean += delta * (n / total)
-        self._n = total
+        self._add(batch.shape[1], mean, ((batch - mean[:, None]) ** 2).sum(axis=1))
         self._n_images += z.shape[0]
         if posterior.logvar is not None:
             logvar = np.moveaxis(posterior.logvar.detach().double().cpu().numpy(), 1, 0).reshape(z.shape[1], -1)
             self._variance += np.exp(logvar).sum(axis=1)
             # Closed form, Kingma & Welling 2013, appendix B, arXiv:1312.6114.
             self._kl += 0.5 * (batch**2 + np.exp(logvar) - 1.0 - logvar).sum(axis=1)
+
+    def merge(self, other: "LatentStatistics") -> None:
+        """Add everything that another one was given, on another rank for example."""
+        if other._n:
+            self._add(other._n, other._mean, other._m2)
+        self._n_images += other._n_images
+        self._variance += other._variance
+        self._kl += other._kl
+
+    def _add(self, n: int, mean: np.ndarray, m2: np.ndarray) -> None:
+        delta = mean - self._mean
+        total = self._n + n
+        self._m2 += m2 + delta**2 * (self._n * n / total)
+        self._mean += delta * (n / total)
+        self._n = total
 
     def summary(self) -> LatentSummary:
         """Return the statistics so far.

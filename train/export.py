@@ -9,9 +9,7 @@ Everything is measured on training images; the held-out ones only check it.
 import inspect
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from codec import console, model_folder, tables
+from codec.adopt import Measured, measure
 from codec.coding import Settings
 from codec.errors import ModelError, UsageError
 from codec.files import write_atomic
@@ -30,7 +29,7 @@ from codec.model_folder import ModelFolder
 from codec.pixels import to_float
 from codec.runtime import Codec
 from codec.shards import SampleRef
-from codec.statistics import LatentStatistics, LatentSummary
+from codec.statistics import LatentStatistics
 from eval.metrics import psnr
 from train.card import model_card
 from train.config import Config
@@ -38,10 +37,6 @@ from train.data import whole_images
 from train.networks import decoder_only, keeps_latents
 
 STATISTICS_SIDE = 1024  # pixels
-_COARSEST_BPP = 0.08  # the rate at q = 0
-_MAX_TABLE_LATENTS = 1_000_000  # positions per channel that tables are fitted to
-_MIN_GRID_SIDE = 16  # latents; a smaller part of an image says too little of neighbours
-_MAX_RATE_LATENTS = 200_000  # positions that the coarsest rate is measured on
 _FP16_LIMIT = 65504 / 4  # an activation beyond this leaves no room for unusual images
 _MAX_RANGE_IMAGES = 16
 _MAX_CHECKED_IMAGES = 8
@@ -75,7 +70,7 @@ def export_model(
         validation: held-out images, for the figures in the card; may be empty.
         record: see `train.task.Task.export`; `record["losses"]` names all losses, the adversarial one too.
         device: where `network` lies.
-        step: (D,) float32, learned steps at q = 0; None = measured, see `coarsest_step`.
+        step: (D,) float32, learned steps at q = 0; None = measured, see `codec.adopt.coarsest_step`.
         discriminator: written too, with its `config`, so that a later run need not start with a cold one.
 
     Returns:
@@ -87,7 +82,7 @@ def export_model(
     model = latent_model(network)
     order = np.random.default_rng(0).permutation(len(training))[: config.export.statistics_images]
     bad: list[tuple[str, str]] = []
-    measured = measure(model, [training[i] for i in order], device, bad, step)
+    measured = _measure(model, [training[i] for i in order], bad, step)
     measured_step, summary, step = step is None, measured.summary, measured.step
     keep = keeps_latents(config.model)
     _write_network(network, out, config, measured, keep)
@@ -159,126 +154,15 @@ def load_discriminator_state(folder: Path) -> dict[str, torch.Tensor] | None:
     return state
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the training images say about a model.
-
-    Attributes:
-        summary: moments of the raw latents.
-        step: (D,) float32, the quantiser's steps at q = 0.
-        grids: (D, h, w) float32 each, parts of the images' raw latents, in random order.
-        largest_activation: the largest magnitude inside the network.
-    """
-
-    summary: LatentSummary
-    step: np.ndarray
-    grids: list[np.ndarray]
-    largest_activation: float
-
-
-def measure(
-    model: LatentModel,
-    samples: Sequence[SampleRef],
-    device: torch.device,
-    bad: list[tuple[str, str]],
-    step: np.ndarray | None = None,
+def _measure(
+    model: LatentModel, samples: Sequence[SampleRef], bad: list[tuple[str, str]], step: np.ndarray | None
 ) -> Measured:
-    """Encode training images, whole, and measure their latents.
-
-    Args:
-        model: the network.
-        samples: the images, in random order.
-        device: where the network lies.
-        bad: takes (key, reason) of each image that cannot be read, which is left out.
-        step: (D,) float32, steps at q = 0 that are known already; None = measured.
-
-    Raises:
-        UsageError: no image can be read, or the latents do not vary.
-    """
-    statistics = LatentStatistics(model.channels)
-    rng = np.random.default_rng(0)
-    per_image = max(1, _MAX_TABLE_LATENTS // len(samples))
-    kept: list[np.ndarray] = []
-    largest = 0.0
-    for n, (_, image) in enumerate(whole_images(samples, STATISTICS_SIDE, model.f, bad)):
-        x = to_float(image)[None].to(device)
-        with torch.inference_mode():
-            if n < _MAX_RANGE_IMAGES:
-                with _activations(model.network) as seen:
-                    posterior = model.encode(x)
-                    model.decode(posterior.mean)
-                largest = max(largest, *seen)
-            else:
-                posterior = model.encode(x)
-        statistics.update(posterior)
-        kept.append(_part(posterior.mean[0].cpu().numpy(), per_image, rng))
-    if not kept:
+    """Measure the latents of training images; `bad` takes (key, reason) of each that cannot be read."""
+    images = (image for _, image in whole_images(samples, STATISTICS_SIDE, model.f, bad))
+    measured = measure(model, images, len(samples), step=step, n_decoded=_MAX_RANGE_IMAGES)
+    if measured is None:
         raise UsageError(f"none of {len(samples)} training images can be read; the first: {bad[0][1]}")
-    summary = statistics.summary()
-    if not summary.std.max() > 1e-8:  # not the global one, which constants that differ by channel would pass
-        raise UsageError("the latents of the training images do not vary: the model has collapsed")
-    if step is None:
-        z = np.concatenate([grid.reshape(model.channels, -1) for grid in kept], axis=1)
-        step = coarsest_step(z, summary, model.f)
-    assert step.shape == (model.channels,)
-    assert (step > 0).all()
-    return Measured(summary, step.astype(np.float32), kept, largest)
-
-
-def _part(z: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut a random rectangle of about `limit` positions, as wide for its height as the whole, out of (D, h, w)."""
-    height, width = z.shape[1:]
-    share = min(1.0, float(np.sqrt(limit / (height * width))))
-    sides = [min(side, max(_MIN_GRID_SIDE, round(side * share))) for side in (height, width)]
-    top, left = (int(rng.integers(whole - side + 1)) for whole, side in zip((height, width), sides, strict=True))
-    return z[:, top : top + sides[0], left : left + sides[1]].copy()
-
-
-def coarsest_step(z: np.ndarray, summary: LatentSummary, f: int) -> np.ndarray:
-    """Return the steps at q = 0: proportional to each channel's posterior deviation, scaled to the coarsest rate.
-
-    The posterior's standard deviation is the noise that the decoder was trained to bear; uniform quantisation with
-    step s adds noise of deviation s / sqrt(12), so equal ratios serve every channel alike. Where the
-    family has no variance, the standard deviation of the latents serves.
-
-    Args:
-        z: (D, N) raw latents.
-        summary: their moments.
-        f: downsampling factor; z has one column per f * f pixels.
-
-    Returns:
-        (D,) float32; the order-0 entropy of z at these steps is 0.08 bits per pixel, within 1 %.
-    """
-    noise = summary.posterior_std if summary.posterior_std.any() else summary.std
-    shape = np.maximum(noise, 1e-6 * summary.global_std) * np.sqrt(12.0)
-    mean = summary.mean.astype(np.float32)
-    spread = z[:, :: max(1, z.shape[1] // _MAX_RATE_LATENTS)]
-    low, high = 1e-6, 1e6  # bisection on a logarithmic scale: the rate falls as the steps grow
-    for _ in range(60):
-        middle = float(np.sqrt(low * high))
-        bpp = tables.entropy_bits(spread, mean, (shape * middle).astype(np.float32), 0) / f**2
-        low, high = (middle, high) if bpp > _COARSEST_BPP else (low, middle)
-        if high / low < 1.001:
-            break
-    step: np.ndarray = (shape * high).astype(np.float32)
-    return step
-
-
-@contextmanager
-def _activations(network: nn.Module) -> Iterator[list[float]]:
-    """Yield a list that takes the largest magnitude of every module's output while the context is open."""
-    seen = [0.0]
-
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
-            seen.append(float(output.abs().max()))
-
-    hooks = [module.register_forward_hook(hook) for module in network.modules()]
-    try:
-        yield seen
-    finally:
-        for handle in hooks:
-            handle.remove()
+    return measured
 
 
 def _write_network(network: Any, out: Path, config: Config, measured: Measured, keep_scaling: bool) -> None:

@@ -19,7 +19,7 @@ from codec.shards import read_index
 from tests.conftest import photo
 from train.config import Config, DataConfig, ExportConfig, ModelConfig, RunConfig
 from train.data import split
-from train.export import _part, export_model, load_discriminator_state
+from train.export import export_model, load_discriminator_state
 from train.loss_config import AdversarialConfig, KLConfig
 from train.networks import build_network
 
@@ -222,18 +222,3 @@ def test_a_collapsed_model_is_refused(shards: Path, tmp_path: Path) -> None:
     nn.init.zeros_(network.encoder.layers[-1].weight)
     with pytest.raises(UsageError, match="do not vary"):
         export(network, TINY, shards, tmp_path / "run" / "model")
-
-
-def test_tables_are_fitted_to_parts_that_keep_their_neighbours() -> None:
-    z = np.arange(2 * 60 * 90, dtype=np.float32).reshape(2, 60, 90)
-    places = set()
-    for seed in range(20):
-        part = _part(z, 1350, np.random.default_rng(seed))
-        assert part.shape == (2, 30, 45)
-        top, left = divmod(int(part[0, 0, 0]), 90)
-        np.testing.assert_array_equal(part, z[:, top : top + 30, left : left + 45])
-        places.add((top, left))
-    assert len(places) > 10
-    np.testing.assert_array_equal(_part(z, 5400, np.random.default_rng(0)), z)
-    assert _part(z, 1, np.random.default_rng(0)).shape == (2, 16, 16)
-    assert _part(z[:, :5, :7], 1, np.random.default_rng(0)).shape == (2, 5, 7)

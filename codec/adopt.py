@@ -1,0 +1,209 @@
+"""A codec for an autoencoder that has none: its latents are measured on training images, tables fitted to them.
+
+    network + training images -> latent statistics, steps -> entropy tables -> ModelFolder, in memory
+
+`codec-train export` measures with the same functions. Entries: `measure`, `adopt`.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from codec import tables
+from codec.errors import ModelError, UsageError
+from codec.latent_model import LatentModel, decoder_id, load_latent_model
+from codec.model_folder import ModelFolder
+from codec.pixels import to_float
+from codec.statistics import LatentStatistics, LatentSummary
+
+_COARSEST_BPP = 0.08  # the rate at q = 0
+_MAX_TABLE_LATENTS = 1_000_000  # positions per channel that tables are fitted to
+_MIN_GRID_SIDE = 16  # latents; a smaller part of an image says too little of neighbours
+_MAX_RATE_LATENTS = 200_000  # positions that the coarsest rate is measured on
+_LARGEST_SIDE = 512  # pixels of an image that `adopt` looks at; more costs memory and says little more
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the training images say about a model.
+
+    Attributes:
+        summary: moments of the raw latents.
+        step: (D,) float32, the quantiser's steps at q = 0.
+        grids: (D, h, w) float32 each, parts of the images' raw latents, in the order of the images.
+        largest_activation: the largest magnitude inside the network, on the images that were decoded too; 0 = none was.
+    """
+
+    summary: LatentSummary
+    step: np.ndarray
+    grids: list[np.ndarray]
+    largest_activation: float
+
+
+def measure(
+    model: LatentModel,
+    images: Iterable[np.ndarray],
+    n_images: int,
+    *,
+    step: np.ndarray | None = None,
+    n_decoded: int = 0,
+) -> Measured | None:
+    """Encode training images, whole, and measure their latents.
+
+    Args:
+        model: the network, in float32, wherever it lies.
+        images: (H, W, 3) uint8 each, sides multiples of f, in random order: the context is fitted to the first.
+        n_images: how many there are at most.
+        step: (D,) float32, steps at q = 0 that are known already; None = measured.
+        n_decoded: how many are decoded too, for the largest activation.
+
+    Returns:
+        None where there was no image.
+
+    Raises:
+        UsageError: the latents do not vary.
+    """
+    statistics = LatentStatistics(model.channels)
+    device = next(model.network.parameters()).device
+    rng = np.random.default_rng(0)
+    per_image = max(1, _MAX_TABLE_LATENTS // n_images)
+    kept: list[np.ndarray] = []
+    largest = 0.0
+    for n, image in enumerate(images):
+        x = to_float(image)[None].to(device)
+        with torch.inference_mode():
+            if n < n_decoded:
+                with _activations(model.network) as seen:
+                    posterior = model.encode(x)
+                    model.decode(posterior.mean)
+                largest = max(largest, *seen)
+            else:
+                posterior = model.encode(x)
+        statistics.update(posterior)
+        kept.append(random_part(posterior.mean[0].cpu().numpy(), per_image, rng))
+    if not kept:
+        return None
+    summary = statistics.summary()
+    if not summary.std.max() > 1e-8:  # not the global one, which constants that differ by channel would pass
+        raise UsageError("the latents of the training images do not vary: the model has collapsed")
+    if step is None:
+        z = np.concatenate([grid.reshape(model.channels, -1) for grid in kept], axis=1)
+        step = coarsest_step(z, summary, model.f)
+    assert step.shape == (model.channels,)
+    assert (step > 0).all()
+    return Measured(summary, step.astype(np.float32), kept, largest)
+
+
+def random_part(z: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
+    """Cut a random rectangle of about `limit` positions, as wide for its height as the whole, out of (D, h, w)."""
+    height, width = z.shape[1:]
+    share = min(1.0, float(np.sqrt(limit / (height * width))))
+    sides = [min(side, max(_MIN_GRID_SIDE, round(side * share))) for side in (height, width)]
+    top, left = (int(rng.integers(whole - side + 1)) for whole, side in zip((height, width), sides, strict=True))
+    return z[:, top : top + sides[0], left : left + sides[1]].copy()
+
+
+def coarsest_step(z: np.ndarray, summary: LatentSummary, f: int) -> np.ndarray:
+    """Return the steps at q = 0: proportional to each channel's posterior deviation, scaled to the coarsest rate.
+
+    The posterior's standard deviation is the noise that the decoder was trained to bear; uniform quantisation with
+    step s adds noise of deviation s / sqrt(12), so equal ratios serve every channel alike. Where the
+    family has no variance, the standard deviation of the latents serves.
+
+    Args:
+        z: (D, N) raw latents.
+        summary: their moments.
+        f: downsampling factor; z has one column per f * f pixels.
+
+    Returns:
+        (D,) float32; the order-0 entropy of z at these steps is 0.08 bits per pixel, within 1 %.
+    """
+    noise = summary.posterior_std if summary.posterior_std.any() else summary.std
+    shape = np.maximum(noise, 1e-6 * summary.global_std) * np.sqrt(12.0)
+    mean = summary.mean.astype(np.float32)
+    spread = z[:, :: max(1, z.shape[1] // _MAX_RATE_LATENTS)]
+    low, high = 1e-6, 1e6  # bisection on a logarithmic scale: the rate falls as the steps grow
+    for _ in range(60):
+        middle = float(np.sqrt(low * high))
+        bpp = tables.entropy_bits(spread, mean, (shape * middle).astype(np.float32), 0) / f**2
+        low, high = (middle, high) if bpp > _COARSEST_BPP else (low, middle)
+        if high / low < 1.001:
+            break
+    step: np.ndarray = (shape * high).astype(np.float32)
+    return step
+
+
+def adopt(folder: Path, images: Iterable[np.ndarray], n_images: int, device: torch.device | str = "cpu") -> ModelFolder:
+    """Fit steps and entropy tables to the latents of an autoencoder; its folder is only read.
+
+    Args:
+        folder: of a diffusers autoencoder, or of a pipeline with one in `vae/`.
+        images: (H, W, 3) uint8 each, training images, in random order; at most 512 x 512 from their middle are used.
+        n_images: how many there are at most.
+        device: where the network runs meanwhile, in float32.
+
+    Returns:
+        What `Codec.load` takes: `path` is `folder`, and nothing is written.
+
+    Raises:
+        ModelError: not an autoencoder that is supported and that the codec can code.
+        UsageError: no image is large enough, or the latents do not vary.
+    """
+    model = load_latent_model(folder, device)
+    if model.family == "vq":
+        raise ModelError(f"{folder}: a VQModel; the codec does not code its codebook indices yet")
+    middles = (_middle(image, model.f) for image in images)
+    measured = measure(model, (image for image in middles if image.size), n_images)
+    if measured is None:
+        raise UsageError(f"{folder}: no training image of at least {model.f} x {model.f} pixels to fit tables to")
+    mean, step = measured.summary.mean.astype(np.float32), measured.step
+    table_set = tables.fit(measured.grids, mean, step)
+    its_id = decoder_id(model.network)
+    info: dict[str, Any] = {
+        "family": model.family,
+        "receptive_field": model.receptive_field,
+        "scaling_factor": model.scaling_factor,
+        "shift_factor": model.shift_factor,
+        "statistics": measured.summary.to_json(),
+    }
+    path = folder.resolve()
+    return ModelFolder(
+        path=folder,
+        name=path.parent.name if path.name == "vae" else path.name,
+        f=model.f,
+        channels=model.channels,
+        mean=mean,
+        step=step,
+        table_sets={table_set.digest(mean, step): table_set},
+        decoder_id=its_id,
+        info=info,
+    )
+
+
+def _middle(image: np.ndarray, f: int) -> np.ndarray:
+    height, width = (min(_LARGEST_SIDE // f * f, side // f * f) for side in image.shape[:2])
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]
+
+
+@contextmanager
+def _activations(network: nn.Module) -> Iterator[list[float]]:
+    """Yield a list that takes the largest magnitude of every module's output while the context is open."""
+    seen = [0.0]
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            seen.append(float(output.abs().max()))
+
+    hooks = [module.register_forward_hook(hook) for module in network.modules()]
+    try:
+        yield seen
+    finally:
+        for handle in hooks:
+            handle.remove()
