@@ -12,7 +12,8 @@ from codec import __version__
 
 PACKAGES = (
     *("torch", "torchvision", "diffusers", "numpy", "Pillow", "imagecodecs", "pytorch-msssim", "ssimulacra2", "scipy"),
-    *("accelerate", "safetensors", "webdataset", "lpips", "matplotlib"),
+    *("accelerate", "safetensors", "webdataset", "lpips", "matplotlib", "torchmetrics", "torch-fidelity"),
+    *("DISTS-pytorch", "flip-evaluator", "bjontegaard", "transformers"),
 )
 
 

@@ -2,16 +2,20 @@
 
     x, x_hat (B, 3, H, W) in [-1, 1]  ->  backbone, slice by slice  ->  unit length over channels  ->  distance (B,)
 
-`SqueezeFeatures` is `lpips-sqz10`, the uncalibrated LPIPS on SqueezeNet 1.0; `load_lpips` is the `lpips` package's own
-metric on a backbone file. Both are frozen, in evaluation mode whatever a trainer does, and differentiable in x_hat.
+`SqueezeFeatures` is `lpips-sqz10`, the uncalibrated LPIPS on SqueezeNet 1.0; `load_lpips` and `Dists` are the metrics
+of the packages `lpips` and `DISTS-pytorch` on a backbone file. All are frozen, in evaluation mode whatever a trainer
+does, and differentiable in x_hat.
 """
 
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from types import SimpleNamespace
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +29,54 @@ SQUEEZE_SLICES = ((0, 2), (2, 5), (5, 8), (8, 9), (9, 10), (10, 11), (11, 13))
 MIN_SIDE = 21  # pixels; below this SqueezeNet's third pooling has nothing left
 
 
+@dataclass(frozen=True)
+class Backbone:
+    """Where the weights of a network come from.
+
+    Attributes:
+        stem: how the name of its file starts in torch hub's cache.
+        command: fetches it there, on a machine with a network.
+    """
+
+    stem: str
+    command: str
+
+
+def _of_torchvision(name: str) -> Backbone:
+    return Backbone(name, f"python -c \"import torchvision; torchvision.models.{name}(weights='DEFAULT')\"")
+
+
+INCEPTION = "inception"
+BACKBONES = {name: _of_torchvision(name) for name in ("squeezenet1_0", "squeezenet1_1", "alexnet", "vgg16")} | {
+    # The Inception of FID is TensorFlow's of 2015, not torchvision's.
+    INCEPTION: Backbone(
+        "weights-inception-2015-12-05",
+        'python -c "import torch; from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url; '
+        'torch.hub.load_state_dict_from_url(url)"',
+    )
+}
+
+
 class FeaturesError(UsageError):
     """A backbone file that is missing, unreadable or of another network; a ValueError with a one-line message."""
 
 
+def places_of_backbones(path: str | Path | None = None) -> list[Path]:
+    """Return where `find_backbone` looks: `path` alone if it is given, else the environment's place and hub's cache."""
+    if path is not None:
+        return [Path(path)]
+    environment = os.environ.get(ENVIRONMENT)
+    places = [Path(environment)] if environment else []
+    return [*places, Path(torch.hub.get_dir()) / "checkpoints"]
+
+
 def find_backbone(name: str, path: str | Path | None = None) -> Path:
-    """Find the weights file of a torchvision classifier on this machine.
+    """Find the weights file of a classifier on this machine.
 
     Looks at `path`, and only there if it is given; else at $LATENT_CODEC_FEATURES, then in torch hub's cache.
 
     Args:
-        name: torchvision's name: squeezenet1_0, squeezenet1_1, alexnet or vgg16.
+        name: of `BACKBONES`, or torchvision's name of another classifier.
         path: a weights file of any name, or a folder with `<name>.*` or `<name>-*` (.safetensors or .pth);
             None: not given.
 
@@ -45,25 +86,57 @@ def find_backbone(name: str, path: str | Path | None = None) -> Path:
     Raises:
         FeaturesError: there is none; the message names the file, the places and the way to get it.
     """
-    if path is not None:
-        places = [Path(path)]
-        if places[0].is_file():
-            return places[0]
-    else:
-        environment = os.environ.get(ENVIRONMENT)
-        places = [Path(environment)] if environment else []
-        places.append(Path(torch.hub.get_dir()) / "checkpoints")
+    places = places_of_backbones(path)
+    if path is not None and places[0].is_file():
+        return places[0]
+    backbone = BACKBONES.get(name) or _of_torchvision(name)
     for place in places:
         for file in sorted(place.iterdir()) if place.is_dir() else [place]:
-            named = file.stem == name or file.stem.startswith(f"{name}-")
-            if named and file.suffix in SUFFIXES and file.is_file():
+            if belongs_to(file, name) and file.is_file():
                 return file
     raise FeaturesError(
-        f"backbone weights {name}-*.pth (or {name}.safetensors) not found in {', '.join(map(str, places))}. "
-        "On a machine with a network, fetch them once with "
-        f"python -c \"import torchvision; torchvision.models.{name}(weights='DEFAULT')\"; elsewhere copy "
-        f"{name}-*.pth from that machine's torch hub cache and give it with --features or ${ENVIRONMENT}"
+        f"backbone weights {backbone.stem}-*.pth (or {name}.safetensors) not found in {', '.join(map(str, places))}. "
+        f"On a machine with a network, fetch them once with {backbone.command}; elsewhere copy "
+        f"{backbone.stem}-*.pth from that machine's torch hub cache and give it with --features or ${ENVIRONMENT}"
     )
+
+
+def find_among(name: str, wanted: Collection[str | None], path: str | Path | None = None) -> Path:
+    """Find the weights of one of several networks; a file at `path` counts for one of them only.
+
+    It counts for the network that its name says; if that says none, for the one that is wanted, or for squeezenet1_0.
+
+    Args:
+        name: as in `find_backbone`.
+        wanted: all names that are looked for.
+        path: as in `find_backbone`.
+
+    Raises:
+        FeaturesError: as `find_backbone`, or the file counts for another network.
+    """
+    if path is not None and Path(path).is_file():
+        named = [known for known in BACKBONES if belongs_to(Path(path), known)]
+        owner = named[0] if named else name if set(wanted) == {name} else "squeezenet1_0"
+        if name != owner:
+            raise FeaturesError(f"{path}: taken for the weights of {owner}, not of {name}: give a folder with both")
+    return find_backbone(name, path)
+
+
+def belongs_to(file: Path, name: str) -> bool:
+    """Whether a file is named as one with the weights of network `name`."""
+    stems = {name, BACKBONES[name].stem if name in BACKBONES else name}
+    named = any(file.stem == stem or file.stem.startswith(f"{stem}-") for stem in stems)
+    return named and file.suffix in SUFFIXES
+
+
+def sha256_of(*paths: Path) -> str:
+    """Return the hex digest of files' bytes, one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
@@ -87,12 +160,16 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _fill(module: nn.Module, names: Mapping[str, str], path: Path) -> None:
-    """Load a backbone file into `module`; `names` maps every name of its state dict to the name in the file."""
-    found = load_state(path)
+def fill(module: nn.Module, names: Mapping[str, str], path: Path) -> None:
+    """Load a backbone file into `module`; `names` maps the names of its state dict to those in the file.
+
+    Raises:
+        FeaturesError: the file cannot be read or belongs to another network.
+    """
+    found, expected = load_state(path), module.state_dict()
     state = {}
-    for own, tensor in module.state_dict().items():
-        name = names[own]
+    for own, name in names.items():
+        tensor = expected[own]
         if name not in found:
             raise FeaturesError(f"{path}: has no tensor {name}: these are weights of another network")
         if found[name].shape != tensor.shape:
@@ -100,8 +177,8 @@ def _fill(module: nn.Module, names: Mapping[str, str], path: Path) -> None:
                 f"{path}: {name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}: "
                 "these are weights of another network"
             )
-        state[own] = found[name]
-    module.load_state_dict(state)
+        state[own] = found[name].to(tensor.dtype)
+    module.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in expected.values()))
 
 
 class Distance(nn.Module):
@@ -109,11 +186,23 @@ class Distance(nn.Module):
 
     Attributes:
         name: what results call it.
+        name_of_backbone: its network, a key of `BACKBONES`.
         sha256: hex digest of the backbone's file, or "random" for random weights.
     """
 
     name: str
+    name_of_backbone: str
     sha256: str
+
+    def reference(self, x: Tensor) -> Sequence[Tensor]:
+        """Return what `between` needs of images (B, 3, H, W) in [-1, 1], so that it can serve many reconstructions."""
+        return [x]
+
+    def between(self, reference: Iterable[Tensor], x_hat: Tensor) -> Tensor:
+        """Return the distances (B,) of x_hat (B, 3, H, W) from the images that `reference` was made of."""
+        (x,) = reference
+        distance: Tensor = self(x, x_hat)
+        return distance
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: a trainer's model.train() must not switch on dropout here."""
@@ -121,7 +210,7 @@ class Distance(nn.Module):
 
     def _freeze(self, path: Path | None) -> None:
         self.requires_grad_(False).eval()
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path else "random"
+        self.sha256 = sha256_of(path) if path else "random"
 
 
 class SqueezeFeatures(Distance):
@@ -151,7 +240,7 @@ class SqueezeFeatures(Distance):
             layers = squeezenet1_0(weights=None).features
         file = None if path is None else Path(path)
         if file is not None:
-            _fill(layers, {name: f"features.{name}" for name in layers.state_dict()}, file)
+            fill(layers, {name: f"features.{name}" for name in layers.state_dict()}, file)
         self.slices = nn.ModuleList(layers[start:stop] for start, stop in SQUEEZE_SLICES)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
@@ -170,17 +259,29 @@ class SqueezeFeatures(Distance):
         """
         assert x.shape == x_hat.shape, (x.shape, x_hat.shape)
         assert x.detach().abs().max() <= 1.01, "x must be in [-1, 1]"
-        total = torch.zeros(len(x), device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # losses are computed in float32
-            with torch.no_grad():
-                reference = self._normalize(x)
+            return self.between(self._slices(x.detach()), x_hat)
+
+    def reference(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the unit-normalised features of all slices."""
+        return list(self._slices(x.detach()))
+
+    def between(self, reference: Iterable[Tensor], x_hat: Tensor) -> Tensor:
+        """Return the distance of x_hat from the images with these features, as `forward` does."""
+        total = torch.zeros(len(x_hat), device=x_hat.device)
+        with torch.autocast(x_hat.device.type, enabled=False):
             features = self._normalize(x_hat)
-            for layers in self.slices:
-                with torch.no_grad():
-                    reference = layers(reference)
+            for layers, unit in zip(self.slices, reference, strict=True):
                 features = layers(features)
-                total = total + (_unit(reference) - _unit(features)).square().sum(1).mean((1, 2))
+                total = total + (unit - _unit(features)).square().sum(1).mean((1, 2))
         return total
+
+    def _slices(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the unit-normalised features slice by slice, so that a loss keeps those of one slice only."""
+        features = self._normalize(x)
+        for layers in self.slices:
+            features = layers(features)
+            yield _unit(features)
 
     def _normalize(self, x: Tensor) -> Tensor:
         # Channels last halves the time on CPUs; it also decides the layout of every feature map that follows.
@@ -199,12 +300,13 @@ class Lpips(Distance):
         super().__init__()
         import lpips
 
-        self.name = f"lpips-{net}"
-        with warnings.catch_warnings():  # lpips uses torchvision's deprecated `pretrained=`
+        self.name, self.name_of_backbone = f"lpips-{net}", LPIPS_BACKBONES[net]
+        # lpips uses torchvision's deprecated `pretrained=`, and draws random weights first.
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         backbone = self.network.net  # its names are slice<k>.<n>.*, with n as in torchvision's features.<n>.*
-        _fill(backbone, {name: "features." + name.split(".", 1)[1] for name in backbone.state_dict()}, path)
+        fill(backbone, {name: "features." + name.split(".", 1)[1] for name in backbone.state_dict()}, path)
         self._freeze(path)
 
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
@@ -227,3 +329,43 @@ def load_lpips(net: str, path: str | Path | None = None) -> Lpips:
     if net not in LPIPS_BACKBONES:
         raise FeaturesError(f"unknown LPIPS network {net!r}: expected one of {', '.join(LPIPS_BACKBONES)}")
     return Lpips(net, find_backbone(LPIPS_BACKBONES[net], path))
+
+
+class Dists(Distance):
+    """The `DISTS-pytorch` package's metric, version 0.1 (Ding et al. 2020, arXiv:2004.07728), on a vgg16 file.
+
+    Args:
+        path: weights with torchvision's `vgg16` names.
+
+    Raises:
+        FeaturesError: the file cannot be read or belongs to another network.
+    """
+
+    name = "dists"
+    name_of_backbone = "vgg16"
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        import torchvision
+        from DISTS_pytorch import DISTS_pt as package  # type: ignore[import-untyped]
+
+        def vgg16(**_: Any) -> nn.Module:
+            with torch.device("meta"):  # the weights are filled in below; drawing 138 million takes a second
+                network: nn.Module = torchvision.models.vgg16(weights=None)
+            return network
+
+        # Its constructor downloads VGG, and looks for its own weights below sys.prefix alone.
+        with patch.object(package, "models", SimpleNamespace(vgg16=vgg16)), torch.random.fork_rng(devices=[]):
+            self.network = package.DISTS(load_weights=False)
+        heads = load_state(Path(package.__file__).parent / "weights.pt")
+        self.network.alpha.data, self.network.beta.data = heads["alpha"], heads["beta"]
+        kept = [name for name in self.network.state_dict() if name.endswith((".weight", ".bias"))]  # stage<k>.<n>.*
+        fill(self.network, {name: "features." + name.split(".", 1)[1] for name in kept}, Path(path))
+        self._freeze(Path(path))
+
+    def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        """Return DISTS of each pair, (B,) float32; x and x_hat are (B, 3, H, W) in [-1, 1]; nothing is resized."""
+        with torch.autocast(x.device.type, enabled=False):
+            pair = [(image.float() + 1) / 2 for image in (x, x_hat)]
+            distance: Tensor = self.network(*pair, require_grad=x_hat.requires_grad)
+        return distance.reshape(len(x))  # the package squeezes a batch of one away

@@ -1,12 +1,36 @@
-"""lpips-sqz10 against a plain recomputation; backbones found, checked and never downloaded."""
+"""lpips-sqz10 against a plain recomputation, LPIPS and DISTS against torchmetrics'; backbones are never downloaded."""
 
+import re
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from eval.features import FeaturesError, SqueezeFeatures, find_backbone, load_lpips, load_state
+from eval.features import Dists, FeaturesError, SqueezeFeatures, find_among, find_backbone, load_lpips, load_state
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision._internally_replaced_utils.load_state_dict_from_url", refuse)
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of VGG-16's features; the classifier, which no metric reads, is not there."""
+    from torchvision.models.vgg import cfgs, make_layers
+
+    torch.manual_seed(11)
+    path = tmp_path_factory.mktemp("vgg") / "vgg16-00000000.pth"
+    torch.save({f"features.{name}": tensor for name, tensor in make_layers(cfgs["D"]).state_dict().items()}, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +77,14 @@ def test_equals_a_plain_recomputation(weights: Path, pair: tuple[torch.Tensor, t
 
 def test_zero_for_equal_inputs(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert SqueezeFeatures()(pair[0], pair[0]).tolist() == [0, 0]
+
+
+def test_a_reference_serves_many_reconstructions(weights: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    features = SqueezeFeatures(weights)
+    x, x_hat = pair
+    reference = features.reference(x)
+    for reconstruction in (x_hat, 0.5 * x, x_hat):
+        assert torch.equal(features.between(reference, reconstruction), features(x, reconstruction))
 
 
 def test_gradient_reaches_x_hat_only(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -148,6 +180,90 @@ def test_lpips_uses_the_file(net: str, backbone: str, tmp_path: Path, pair: tupl
     assert x_hat.grad is not None
     assert x_hat.grad.abs().max() > 0
     assert all(not p.requires_grad for p in metric.parameters())
+
+
+@pytest.mark.parametrize("net", ["alex", "squeeze", "vgg"])
+def test_lpips_is_torchmetrics_on_the_same_backbone(
+    net: str, vgg: Path, tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    import torchvision
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    path = vgg
+    if net != "vgg":
+        torch.manual_seed(8)
+        layers = getattr(torchvision.models, {"alex": "alexnet", "squeeze": "squeezenet1_1"}[net])(weights=None)
+        path = tmp_path / "backbone.pth"
+        torch.save(layers.state_dict(), path)
+    state = load_state(path)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = {"vgg": lambda **_: torch.nn.ModuleDict({"features": _vgg_layers(state)})}
+        if net in plain:  # its other 120 million weights take seconds to draw
+            patch.setattr("torchvision.models.vgg16", plain[net])
+        theirs = _LPIPS(net=net, pnet_rand=True).eval()
+    names = {name: re.sub(r"^(slices\.\d+|slice\d+)\.", "features.", name) for name in theirs.net.state_dict()}
+    theirs.net.load_state_dict({own: state[name] for own, name in names.items()})
+    x, x_hat = (torch.nn.functional.interpolate(image, size=64) for image in pair)
+    with torch.no_grad():
+        expected = theirs(x, x_hat).flatten()
+        ours = load_lpips(net, path)
+        assert ours.sha256 != "random"
+        torch.testing.assert_close(ours(x, x_hat), expected, rtol=1e-4, atol=1e-7)
+        assert expected.min() > 1e-5
+        assert ours(x, x).abs().max() == 0
+
+
+def _vgg_layers(state: dict[str, torch.Tensor]) -> torch.nn.Sequential:
+    from torchvision.models.vgg import cfgs, make_layers
+
+    layers = make_layers(cfgs["D"])
+    layers.load_state_dict({name.removeprefix("features."): tensor for name, tensor in state.items()})
+    return layers
+
+
+def test_dists_is_torchmetrics_on_the_same_backbone(vgg: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    from torchmetrics.functional.image import dists as package
+
+    with pytest.MonkeyPatch.context() as patch:
+        layers = _vgg_layers(load_state(vgg))
+        patch.setattr(package, "vgg16", lambda **_: torch.nn.ModuleDict({"features": layers}))
+        theirs = package.DISTSNetwork()
+    ours = Dists(vgg)
+    x, x_hat = (image.clamp(-1, 1) for image in pair)
+    with torch.no_grad():
+        expected = theirs((x + 1) / 2, (x_hat + 1) / 2)
+        torch.testing.assert_close(ours(x, x_hat), expected, rtol=1e-4, atol=1e-6)
+        assert expected.min() > 1e-3
+        assert ours(x[:1], x_hat[:1]).shape == (1,)
+        assert ours(x, x).abs().max() < 1e-5
+    assert len(ours.sha256) == 64
+    torch.nn.ModuleList([ours]).train()
+    assert not any(module.training for module in ours.modules())
+    heads = vgg.parent / "heads.pth"
+    torch.save({"alpha": torch.zeros(1)}, heads)
+    with pytest.raises(FeaturesError, match=r"has no tensor features\.0\.weight"):
+        Dists(heads)
+
+
+def test_building_networks_leaves_the_random_state_alone(vgg: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    Dists(vgg)
+    assert torch.rand(1) == expected
+
+
+def test_one_file_is_one_network(vgg: Path, tmp_path: Path) -> None:
+    assert find_among("vgg16", ["vgg16", "alexnet"], vgg) == vgg
+    with pytest.raises(FeaturesError, match=r"taken for the weights of vgg16, not of alexnet"):
+        find_among("alexnet", ["vgg16", "alexnet"], vgg)
+    other = tmp_path / "mine.pth"
+    other.touch()
+    assert find_among("alexnet", ["alexnet"], other) == other
+    assert find_among("squeezenet1_0", ["alexnet", "squeezenet1_0"], other) == other
+    inception = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    inception.touch()
+    assert find_backbone("inception", tmp_path) == inception
 
 
 def test_unknown_lpips_network() -> None:
