@@ -1,6 +1,5 @@
 """One picture that shows codecs side by side at equal file size: rows are images, columns codecs, pixels 1:1."""
 
-import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +9,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from codec import images
 from codec.files import Source, write_atomic
-from eval.baselines import Baseline, encode_near
+from eval import crops
+from eval.baselines import Baseline
+from eval.equal_size import at_equal_size
 from eval.metrics import psnr
+from eval.protocol import Protocol, get
 from eval.rd import Model
 
 CROP = 256  # pixels
 GAP = 8
 CAPTION = 44  # two lines of text
-MODEL_QUALITIES = tuple(range(0, 101, 5))
 
 Cell = tuple[np.ndarray, str, str]  # crop and the two lines of its caption
 
@@ -28,7 +29,9 @@ def compare(
     baselines: Sequence[Baseline],
     bpp: float,
     path: Path,
+    *,
     n: int = 3,
+    protocol: Protocol | None = None,
 ) -> None:
     """Write a PNG of crops of a few images: the original, each model, each baseline at the nearest equal size.
 
@@ -42,15 +45,22 @@ def compare(
         bpp: bits per pixel to aim at.
         path: the PNG, overwritten atomically.
         n: rows at most.
+        protocol: how the images are prepared; None = whole, as they are.
     """
     count = min(n, len(sources))
     chosen = [sources[(2 * index + 1) * len(sources) // (2 * count)] for index in range(count)]
-    rows = [_row(source, models, baselines, bpp) for source in chosen]
+    prepare = (protocol or get("folder")).prepare
+    rows = [_row(source, prepare(images.load(source.path)), models, baselines, bpp) for source in chosen]
+    title = f"Equal file size along each row, as near to {bpp:g} bpp as it gets; crops at 1:1, PSNR of the whole image"
+    write_sheet(rows, title, path)
+
+
+def write_sheet(rows: Sequence[Sequence[Cell]], title: str, path: Path) -> None:
+    """Write a PNG, atomically: a title, and below it rows of captioned crops, all rows of equally many."""
     width = GAP + (CROP + GAP) * len(rows[0])
     canvas = Image.new("RGB", (width, CAPTION + (CROP + CAPTION) * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
     large, small = ImageFont.load_default(17), ImageFont.load_default(15)
-    title = f"Equal file size along each row, as near to {bpp:g} bpp as it gets; crops at 1:1, PSNR of the whole image"
     draw.text((GAP, CAPTION // 2), title, "#444444", large, anchor="lm")
     for i, row in enumerate(rows):
         for j, (crop, first, second) in enumerate(row):
@@ -63,42 +73,22 @@ def compare(
     write_atomic(path, file.getvalue())
 
 
-def _row(source: Source, models: Sequence[Model], baselines: Sequence[Baseline], bpp: float) -> list[Cell]:
-    image = images.load(source.path)
+def _row(
+    source: Source, image: np.ndarray, models: Sequence[Model], baselines: Sequence[Baseline], bpp: float
+) -> list[Cell]:
     height, width = image.shape[:2]
-    top, left = _busiest(image)
+    top, left = busiest(image)
 
     def crop(picture: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(picture[top : top + CROP, left : left + CROP])
 
-    def cell(label: str, quality: int, data: bytes, decoded: np.ndarray) -> Cell:
-        rate = 8 * len(data) / (height * width)
-        return crop(decoded), f"{label}  q{quality}", f"{rate:.3f} bpp   {psnr(image, decoded):.2f} dB"
-
     cells: list[Cell] = [(crop(image), "original", f"{Path(source.relative).name}   {width}x{height}")]
-    size_bytes = bpp * height * width / 8
-    for index, model in enumerate(models):
-        files = model.encode_many(image, MODEL_QUALITIES)
-        best = min(range(len(files)), key=lambda k: abs(len(files[k]) - size_bytes))
-        cells.append(cell(model.name, MODEL_QUALITIES[best], files[best], model.decode(files[best])))
-        size_bytes = len(files[best]) if index == 0 else size_bytes
-    for baseline in baselines:
-        encode = functools.partial(baseline.encode, image)
-        quality, data = encode_near(encode, baseline.quality_range, size_bytes)
-        cells.append(cell(baseline.label, quality, data, baseline.decode(data)))
+    for coded in at_equal_size(image, models, baselines, bpp):
+        figures = f"{coded.bpp:.3f} bpp   {psnr(image, coded.pixels):.2f} dB"
+        cells.append((crop(coded.pixels), f"{coded.codec}  q{coded.quality}", figures))
     return cells
 
 
-def _busiest(image: np.ndarray) -> tuple[int, int]:
-    """Return top and left of the crop with the most detail (mean absolute gradient), on a grid of 32 pixels."""
-    gray = image.mean(2)
-    detail = np.abs(np.diff(gray, axis=0))[:, :-1] + np.abs(np.diff(gray, axis=1))[:-1]
-    total = np.pad(detail, ((1, 0), (1, 0))).cumsum(0).cumsum(1)  # total[i, j] sums detail[:i, :j]
-    best, place = -1.0, (0, 0)
-    for top in range(0, max(1, image.shape[0] - CROP + 1), 32):
-        for left in range(0, max(1, image.shape[1] - CROP + 1), 32):
-            bottom, right = min(top + CROP, total.shape[0]) - 1, min(left + CROP, total.shape[1]) - 1
-            value = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
-            if value > best:
-                best, place = value, (top, left)
-    return place
+def busiest(image: np.ndarray) -> tuple[int, int]:
+    """Return top and left of the crop of CROP pixels with the most detail."""
+    return crops.busiest(image, min(CROP, image.shape[0]), min(CROP, image.shape[1]))

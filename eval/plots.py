@@ -1,11 +1,13 @@
 """Rate-distortion plots of a result of `eval.rd`: one PNG per metric, nothing drawn for a metric without values."""
 
 import io
-import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codec.files import write_atomic
+from eval.curves import shown, shown_unit
 from eval.metrics import METRICS, Metric
 
 # Okabe & Ito's colour-blind safe palette: strong colours for models, the others for the classical codecs.
@@ -16,6 +18,42 @@ BASELINE_STYLES = {
     "avif": ("#CC79A7", "X"),
     "jxl": ("#56B4E9", "d"),
 }
+
+
+FILE_STYLES = (("#7B5EA7", "<"), ("#A0522D", ">"), ("#4F7942", "h"), ("#B8860B", "p"))
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a codec is drawn.
+
+    Attributes:
+        color: as matplotlib takes it.
+        marker: as matplotlib takes it.
+        line: matplotlib's line style: models solid, classical codecs dashed, curves read from files dotted.
+        strong: whether it stands out: a model's.
+    """
+
+    color: str
+    marker: str
+    line: str
+    strong: bool
+
+
+def styles(codecs: Sequence[Mapping[str, Any]]) -> list[Style]:
+    """Return a style for each codec of rd.json: the same in every plot of a result."""
+    found = []
+    for index, codec in enumerate(codecs):
+        earlier = sum(other["kind"] == codec["kind"] for other in codecs[:index])
+        if codec["kind"] == "model":
+            color, marker = MODEL_STYLES[earlier % len(MODEL_STYLES)]
+        elif codec["kind"] == "baseline":
+            color, marker = BASELINE_STYLES[codec["name"]]
+        else:
+            color, marker = FILE_STYLES[earlier % len(FILE_STYLES)]
+        line = {"model": "-", "baseline": "--"}.get(codec["kind"], ":")
+        found.append(Style(color, marker, line, codec["kind"] == "model"))
+    return found
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
@@ -31,7 +69,7 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     written = []
     for metric in METRICS:
         path = folder / f"rd_{metric.key}.png"
-        if any(point[metric.key] is not None for codec in result["codecs"] for point in codec["points"]):
+        if any(point.get(metric.key) is not None for codec in result["codecs"] for point in codec["points"]):
             write_atomic(path, _draw(result, metric))
             written.append(path)
         else:
@@ -44,30 +82,27 @@ def _draw(result: dict[str, Any], metric: Metric) -> bytes:
 
     figure = Figure(figsize=(7.5, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    models = [codec for codec in result["codecs"] if codec["kind"] == "model"]
-    for codec in result["codecs"]:
-        is_model = codec["kind"] == "model"
-        if is_model:
-            color, marker = MODEL_STYLES[models.index(codec) % len(MODEL_STYLES)]
-        else:
-            color, marker = BASELINE_STYLES[codec["name"]]
-        points = [(p["bpp"], _shown(p[metric.key], metric)) for p in codec["points"] if p[metric.key] is not None]
+    for codec, style in zip(result["codecs"], styles(result["codecs"]), strict=True):
+        there = [point for point in codec["points"] if point.get(metric.key) is not None]
+        points = sorted((point["bpp"], shown(point[metric.key], metric)) for point in there)
+        if not points:
+            continue
         axes.plot(
-            *zip(*sorted(points), strict=True) if points else ((), ()),
-            color=color,
-            marker=marker,
-            linestyle="-" if is_model else "--",
-            linewidth=2.4 if is_model else 1.5,
-            markersize=7 if is_model else 5.5,
+            *zip(*points, strict=True),
+            color=style.color,
+            marker=style.marker,
+            linestyle=style.line,
+            linewidth=2.4 if style.strong else 1.5,
+            markersize=7 if style.strong else 5.5,
             label=codec["label"],
-            zorder=3 if is_model else 2,
+            zorder=3 if style.strong else 2,
         )
-        if codec["ceiling"] and codec["ceiling"][metric.key] is not None:
+        if codec["ceiling"] and codec["ceiling"].get(metric.key) is not None:
             label = f"{codec['label']}, not quantised"
-            value = _shown(codec["ceiling"][metric.key], metric)
-            axes.axhline(value, color=color, linestyle=(0, (6, 4)), linewidth=1, label=label, zorder=1)
+            value = shown(codec["ceiling"][metric.key], metric)
+            axes.axhline(value, color=style.color, linestyle=(0, (6, 4)), linewidth=1, label=label, zorder=1)
     direction = "higher is better" if metric.higher_is_better else "lower is better"
-    unit = "dB, −10 log10(1 − mean)" if metric.key == "ms_ssim" else metric.unit
+    unit = "dB, −10 log10(1 − mean)" if metric.key == "ms_ssim" else shown_unit(metric)
     axes.set_ylabel(f"{metric.label} [{unit}]   ({direction})" if unit else f"{metric.label}   ({direction})")
     axes.set_xlabel("rate [bits per pixel, whole file]")
     dataset = result["dataset"]
@@ -81,10 +116,3 @@ def _draw(result: dict[str, Any], metric: Metric) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
-
-
-def _shown(value: float, metric: Metric) -> float:
-    """MS-SSIM crowds at 1, so plots show it in dB, of the mean as in the literature; nan where it is 1."""
-    if metric.key != "ms_ssim":
-        return value
-    return -10 * math.log10(1 - value) if value < 1 else math.nan

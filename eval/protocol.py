@@ -3,20 +3,21 @@
     photograph -> Protocol.prepare (the reference) -> codec or autoencoder -> 8 bits -> metrics of both
 
 The reconstruction is always made from the prepared reference, so both have been through the same crop and resize.
-Entry: `get`. Imports neither torch nor diffusers.
+Entry: `get`. Imports numpy and Pillow only when it prepares an image, so that a command's help can list the protocols.
 """
 
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from codec.errors import ImageError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ROUNDING = "round half to even to 8 bit RGB before every metric"
 POSTERIORS = ("mode", "sample")
@@ -33,6 +34,7 @@ class Protocol:
         side: crop to side x side pixels after resizing the shorter side to it; 0 = whole images as they are.
         resize: "none"; "bicubic": Pillow's, filtered; "adm": halved by box filters while more than twice as large, then
             Pillow's bicubic, as in guided-diffusion (Dhariwal & Nichol 2021, arXiv:2105.05233).
+        enlarge: smaller images are enlarged to `side`, as where the protocol comes from; else they are refused.
         n_images: how many images the named set has; 0 = any number.
         sizes: (width, height) of its images, in any order of the two; empty = any.
     """
@@ -42,14 +44,15 @@ class Protocol:
     images: str
     side: int = 0
     resize: str = "none"
+    enlarge: bool = False
     n_images: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
 
-    def prepare(self, image: np.ndarray) -> np.ndarray:
+    def prepare(self, image: "np.ndarray") -> "np.ndarray":
         """Return the reference of an image: (H, W, 3) uint8 sRGB in and out, (side, side, 3) where there is a side.
 
         Raises:
-            ImageError: smaller than `side` (nothing is ever enlarged), or not of the size the protocol's images have.
+            ImageError: smaller than `side` and not to be enlarged, or not of the size the protocol's images have.
         """
         height, width = image.shape[:2]
         if self.sizes and (width, height) not in self.sizes and (height, width) not in self.sizes:
@@ -57,8 +60,11 @@ class Protocol:
             raise ImageError(f"{width} x {height} pixels, protocol {self.name} has {known}: use --protocol folder")
         if not self.side:
             return image
-        if min(height, width) < self.side:
+        if min(height, width) < self.side and not self.enlarge:
             raise ImageError(f"{width} x {height} pixels, smaller than the {self.side} of protocol {self.name}")
+        import numpy as np
+        from PIL import Image
+
         picture = Image.fromarray(image)
         if self.resize == "adm":
             while min(picture.size) >= 2 * self.side:
@@ -96,6 +102,7 @@ class Protocol:
             "version": self.version,
             "kind": kind,
             "crop": resized[self.resize] + "; reference and reconstruction alike",
+            "small_images": "enlarged" if self.enlarge else "refused",
             "rounding": ROUNDING,
             **further,
             "metrics": dict(metrics),
@@ -107,34 +114,40 @@ def digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def folder_of(side: int) -> Protocol:
+    """Return the protocol `folder-<side>`."""
+    return Protocol(name=f"folder-{side}", images=f"any images of at least {side} pixels", side=side, resize="bicubic")
+
+
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol(name="folder", images="any images, whole"),
-        Protocol(name="folder-256", images="any images of at least 256 pixels", side=256, resize="bicubic"),
-        Protocol(name="folder-512", images="any images of at least 512 pixels", side=512, resize="bicubic"),
-        Protocol(name="folder-1024", images="any images of at least 1024 pixels", side=1024, resize="bicubic"),
+        *(folder_of(side) for side in (256, 512, 1024)),
         Protocol(name="kodak", images="the Kodak suite, kodim01-24, lossless", n_images=24, sizes=((768, 512),)),
         Protocol(
             name="imagenet256-val",
             images="ILSVRC 2012 validation images",
             side=256,
             resize="adm",
+            enlarge=True,  # a few are smaller, and numbers of others are of all 50,000
             n_images=50000,
         ),
-        Protocol(name="coco2017-256", images="COCO val2017", side=256, resize="bicubic", n_images=5000),
+        Protocol(name="coco2017-256", images="COCO val2017", side=256, resize="bicubic", enlarge=True, n_images=5000),
     )
 }
 
 
 def get(name: str) -> Protocol:
-    """Return a protocol by name.
+    """Return a protocol by name; `folder-<side>` is there for every side.
 
     Raises:
         UsageError: there is none; the message names the nearest.
     """
     if name in PROTOCOLS:
         return PROTOCOLS[name]
+    if side := re.fullmatch(r"folder-([1-9]\d{0,4})", name):
+        return folder_of(int(side[1]))
     near = difflib.get_close_matches(name, PROTOCOLS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UsageError(f"--protocol: unknown {name!r}, expected one of {', '.join(PROTOCOLS)}{hint}")

@@ -47,6 +47,16 @@ def test_unknown_name_gives_the_nearest() -> None:
         get(["jpeg", "wepb"])
 
 
+def test_qualities_can_be_chosen() -> None:
+    jpeg, webp = get(["jpeg", "webp"], {"jpeg": [30, 5, 30]})
+    assert jpeg.qualities == (5, 30)
+    assert webp.qualities == (1, 10, 30, 50)
+    with pytest.raises(UsageError, match=r"jpeg: qualities \(0, 5\), expected 1 to 100"):
+        get(["jpeg"], {"jpeg": [5, 0]})
+    with pytest.raises(UsageError, match="did you mean 'jpeg'"):
+        get(["jpeg"], {"jepg": [5]})
+
+
 def test_missing_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.baselines.features.check", lambda module: module != "avif")
     assert get(["webp"])

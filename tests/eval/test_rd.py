@@ -19,8 +19,9 @@ from codec.images import EXTENSIONS
 from eval import baselines, pictures, plots
 from eval.cli import main
 from eval.features import SqueezeFeatures
-from eval.metrics import psnr
-from eval.rd import PROTOCOL_HASH, run_rd
+from eval.metrics import KNOWN, Metrics, psnr
+from eval.protocol import digest, get
+from eval.rd import RateDistortion, run_rd
 
 
 class FakeCodec:
@@ -53,6 +54,11 @@ class WrongModel(FakeCodec):
         raise ModelError("another model")
 
 
+def how(models: Sequence[Any] = (), names: Sequence[str] = ("jpeg",), **more: Any) -> RateDistortion:
+    more.setdefault("metrics", Metrics())
+    return RateDistortion(protocol=get("folder"), models=models, baselines=baselines.get(names), **more)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two images of 192x176."""
@@ -81,10 +87,15 @@ def test_baselines_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert result["dataset"]["n_images"] == 2
     assert result["dataset"]["names"] == ["a.png", "b.png"]
     originals = {name: np.asarray(Image.open(folder / name)) for name in ("a.png", "b.png")}
-    digest = hashlib.sha256(b"".join(b"(176, 192, 3)" + image.tobytes() for image in originals.values()))
-    assert result["dataset"]["sha256"] == digest.hexdigest()
-    assert result["features"] is None
-    assert result["protocol_hash"] == PROTOCOL_HASH
+    each = [hashlib.sha256(b"(176, 192, 3)" + image.tobytes()).hexdigest() for image in originals.values()]
+    assert result["dataset"]["sha256"] == hashlib.sha256("".join(each).encode()).hexdigest()
+    assert result["weights"] == {}
+    assert "lpips_sqz10" in result["absent"]
+    assert (result["kind"], result["protocol"]["kind"], result["protocol"]["name"]) == ("rd", "rd", "folder")
+    assert result["protocol_hash"] == digest(result["protocol"])
+    assert list(result["protocol"]["metrics"]) == ["psnr", "ssim", "ms_ssim", "ssimulacra2", "flip"]
+    assert result["control"]["passed"]
+    assert result["control"]["measured"]["psnr"] == "infinite"
     assert result["failed"] == []
     assert result["versions"]["torch"]
     assert "codec-eval rd" in result["command"]
@@ -108,10 +119,20 @@ def test_baselines_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.Captu
         assert point["bpp"] == pytest.approx(sum(bpp) / 2)
         assert point["psnr"] == pytest.approx(sum(decibels) / 2)
         assert 0 < point["ms_ssim"] < 1
-        assert point["lpips_sqz10"] is None
+        # Two images: some resamples are one of them alone.
+        assert point["intervals"]["psnr"] == pytest.approx([min(decibels), max(decibels)])
         assert min(point["encode_s"], point["decode_s"]) > 0
 
-    for metric in ("psnr", "ssim", "ms_ssim", "ssimulacra2"):
+    compared = result["comparisons"]
+    assert compared["anchor"] == "jpeg"
+    row = next(row for row in compared["metrics"]["psnr"]["bd"] if row["codec"] == "avif")
+    assert row["bd_rate_percent"] < -10
+    assert 0 < row["overlap"] < 1
+    stored = json.loads((out / "compressai" / "jpeg.json").read_text())
+    assert stored["results"]["psnr-rgb"] == [point["psnr"] for point in jpeg["points"]]
+    assert set(stored["results"]) == {"bpp", "psnr-rgb", "ms-ssim-rgb", "encoding_time", "decoding_time"}
+
+    for metric in ("psnr", "ssim", "ms_ssim", "ssimulacra2", "flip"):
         with Image.open(out / f"rd_{metric}.png") as plot:
             assert plot.size == (1125, 750)
     assert not (out / "rd_lpips_sqz10.png").exists()
@@ -119,26 +140,30 @@ def test_baselines_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.Captu
         columns, rows_shown = 3, 2
         assert picture.size == (8 + columns * 264, 44 + rows_shown * 300)
     printed = capsys.readouterr()
-    assert "n/a" in printed.out
+    assert f"{row['bd_rate_percent']:+.1f}" in printed.out
+    assert f"({100 * row['overlap']:.0f})" in printed.out
+    assert "PSNR infinite, SSIM 1" in printed.out
     assert str(out / "comparison.png") in printed.out
-    assert "no lpips-sqz10" in printed.err
+    assert "left out, their weights are not here (see codec-eval weights): lpips_sqz10" in printed.err
 
 
 def test_model_and_ceiling(folder: Path, tmp_path: Path) -> None:
     sources = find([folder], EXTENSIONS)
     models = [FakeCodec(), FakeCodec()]
-    result = run_rd(sources, models, baselines.get(["jpeg"]), [10, 90], SqueezeFeatures(), dataset="two")
+    result = run_rd(sources, how(models, qualities=[10, 90], metrics=Metrics(SqueezeFeatures())), dataset="two")
     first, second, jpeg = result["codecs"]
     assert (first["kind"], second["name"], jpeg["kind"]) == ("model", "fake (2)", "baseline")
     assert first["description"] == {"name": "fake"}
     image = np.asarray(Image.open(folder / "a.png"))
     assert first["rows"][1]["size_bytes"] == len(FakeCodec().encode(image, 90))
     assert first["ceiling"]["psnr"] == pytest.approx(48.1308, abs=1e-4)
+    assert first["ceiling"]["intervals"]["psnr"] == pytest.approx([48.1308, 48.1308], abs=1e-4)
+    assert first["ceiling"]["kl_bpp"] is None
     assert [row["image"] for row in first["ceiling_rows"]] == ["a.png", "b.png"]
     assert first["points"][0]["bpp"] < first["points"][1]["bpp"]
     assert first["points"][0]["lpips_sqz10"] > first["points"][1]["lpips_sqz10"] > 0
-    assert result["features"] == {"name": "lpips-sqz10", "sha256": "random"}
-    assert len(plots.plot(result, tmp_path)) == 5
+    assert result["weights"]["lpips_sqz10"]["sha256"] == "random"
+    assert len(plots.plot(result, tmp_path)) == 6
     pictures.compare(sources, models[:1], baselines.get(["jpeg"]), 0.3, tmp_path / "c.png", n=1)
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.size == (8 + 3 * 264, 44 + 300)
@@ -148,7 +173,8 @@ def test_model_and_ceiling(folder: Path, tmp_path: Path) -> None:
 
 def test_infinite_psnr_is_null(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40), (128, 128, 128)).save(tmp_path / "flat.png")
-    result = run_rd(find([tmp_path], EXTENSIONS), [], baselines.get(["jpeg"]), [])
+    result = run_rd(find([tmp_path], EXTENSIONS), how())
+    assert result["undefined"] == {"ms_ssim": {"n_images": 1, "least_side": 161}}
     assert result["codecs"][0]["rows"][-1]["psnr"] is None
     assert result["codecs"][0]["rows"][-1]["ms_ssim"] is None
     json.dumps(result, allow_nan=False)
@@ -156,7 +182,7 @@ def test_infinite_psnr_is_null(tmp_path: Path) -> None:
 
 def test_failing_image_counts_for_no_codec(folder: Path) -> None:
     Image.new("RGB", (20, 20), (1, 2, 3)).save(folder / "aa.png")
-    result = run_rd(find([folder], EXTENSIONS), [FakeCodec()], baselines.get(["jpeg"]), [50])
+    result = run_rd(find([folder], EXTENSIONS), how([FakeCodec()], qualities=[50]))
     assert result["dataset"]["names"] == ["a.png", "b.png"]
     for codec in result["codecs"]:
         assert {row["image"] for row in codec["rows"]} == {"a.png", "b.png"}
@@ -167,13 +193,13 @@ def test_failing_image_counts_for_no_codec(folder: Path) -> None:
 
 def test_wrong_model_stops_the_run(folder: Path) -> None:
     with pytest.raises(ModelError):
-        run_rd(find([folder], EXTENSIONS), [WrongModel()], [], [50])
+        run_rd(find([folder], EXTENSIONS), how([WrongModel()], (), qualities=[50]))
 
 
 def test_unreadable_image_is_listed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "broken.png").write_bytes(b"no image")
     out = tmp_path / "out"
-    assert main(["rd", str(folder), "--baselines", "jpeg", "-o", str(out)]) == 1
+    assert main(["rd", str(folder), "--baselines", "jpeg", "--metrics", "psnr", "-o", str(out)]) == 1
     result = json.loads((out / "rd.json").read_text())
     assert [failure["image"] for failure in result["failed"]] == ["broken.png"]
     assert result["dataset"]["n_images"] == 2
@@ -185,7 +211,8 @@ def test_unreadable_image_is_listed(folder: Path, tmp_path: Path, capsys: pytest
 def test_all_unreadable(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     assert main(["rd", str(tmp_path / "broken.png"), "--baselines", "jpeg", "-o", str(tmp_path / "out")]) == 1
-    assert json.loads((tmp_path / "out" / "rd.json").read_text())["codecs"][0]["points"] == []
+    result = json.loads((tmp_path / "out" / "rd.json").read_text())
+    assert (result["codecs"][0]["points"], result["control"]) == ([], None)
     assert not (tmp_path / "out" / "comparison.png").exists()
 
 
@@ -197,6 +224,14 @@ def test_all_unreadable(tmp_path: Path) -> None:
         (["-q", "10,101"], "'10,101'"),
         (["-q", "high"], "'high'"),
         (["--features", "nowhere"], "squeezenet1_0"),
+        (["--metrics", "psnr,lpips-alex"], "alexnet"),
+        (["--metrics", "pnsr"], "did you mean psnr"),
+        (["--protocol", "kodka"], "did you mean kodak"),
+        (["--protocol", "kodak"], "protocol kodak is 24 images"),
+        (["--anchor", "avfi"], "did you mean 'avif'"),
+        (["--baseline-qualities", "jpeg"], "like jpeg=5,10"),
+        (["--baseline-qualities", "jpeg=0,10"], "expected 1 to 100"),
+        (["--curves", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--limit", "0"], "--limit"),
     ],
 )
@@ -215,7 +250,8 @@ def test_missing_model_and_images(folder: Path, tmp_path: Path) -> None:
 
 
 def test_limit(folder: Path, tmp_path: Path) -> None:
-    assert main(["rd", str(folder), "--limit", "1", "--baselines", "jpeg", "-o", str(tmp_path)]) == 0
+    options = ["--limit", "1", "--baselines", "jpeg", "--metrics", "psnr"]
+    assert main(["rd", str(folder), *options, "-o", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "rd.json").read_text())["dataset"]["names"] == ["a.png"]
 
 
@@ -223,7 +259,7 @@ def test_same_names_in_two_folders(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "a.png").write_bytes((folder / "b.png").read_bytes())
-    result = run_rd(find([folder / "a.png", other], EXTENSIONS), [], baselines.get(["jpeg"]), [])
+    result = run_rd(find([folder / "a.png", other], EXTENSIONS), how(metrics=Metrics(metrics=[KNOWN["psnr"]])))
     assert result["dataset"]["names"] == [str(folder / "a.png"), str(other / "a.png")]
 
 
