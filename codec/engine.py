@@ -16,7 +16,7 @@ import torch
 
 from codec import fast, memory, tiled
 from codec.errors import NonFiniteError, UsageError, ran_out_of_memory
-from codec.latent_model import LatentModel, decoder_id, latent_model, load_network
+from codec.latent_model import LatentModel, Posterior, decoder_id, latent_model, load_network
 from codec.pixels import to_float, to_uint8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -137,6 +137,18 @@ class Engine:
             return self._careful("encode", None, in_tiles)
         return self._careful("encode", lambda: _encode_whole(self.model, image, self.device), in_tiles)
 
+    def posterior(self, image: np.ndarray) -> Posterior:
+        """Return the raw posterior of an image that goes through whole, see `fits`: neither tiles nor second tries.
+
+        Args:
+            image: (H, W, 3) uint8; padded as by `encode`.
+
+        Returns:
+            (1, D, h, w) each, on the engine's device; no variance where the family has none.
+        """
+        with torch.inference_mode():
+            return _posterior_whole(self.model, image, self.device)
+
     def decode(
         self, z: np.ndarray, height: int, width: int, region: tuple[int, int, int, int] | None = None
     ) -> np.ndarray:
@@ -206,10 +218,14 @@ class Engine:
         return {"device": name, "dtype": self._dtype_name, "compiled": self.config.compile}
 
 
-def _encode_whole(model: LatentModel, image: np.ndarray, device: torch.device) -> np.ndarray:
+def _posterior_whole(model: LatentModel, image: np.ndarray, device: torch.device) -> Posterior:
     height, width = image.shape[:2]
     padded = np.pad(image, ((0, -height % model.f), (0, -width % model.f), (0, 0)), mode="edge")
-    z: np.ndarray = model.encode(to_float(padded)[None].to(device)).mean[0].float().cpu().numpy()
+    return model.encode(to_float(padded)[None].to(device))
+
+
+def _encode_whole(model: LatentModel, image: np.ndarray, device: torch.device) -> np.ndarray:
+    z: np.ndarray = _posterior_whole(model, image, device).mean[0].float().cpu().numpy()
     if not np.isfinite(z).all():
         raise NonFiniteError("the latents are not finite")
     return z

@@ -18,10 +18,10 @@ import torch
 
 from codec import images
 from codec.engine import Engine, EngineConfig
-from codec.errors import NonFiniteError, UsageError
+from codec.errors import ModelError, NonFiniteError, UsageError
 from codec.latent_model import CodebookModel
 from codec.model_folder import CODEC_JSON
-from codec.pixels import to_float
+from eval.draws import generator
 from eval.protocol import POSTERIORS
 
 PADDING = "right and bottom by edge pixels to a multiple of f, cropped away again"
@@ -92,13 +92,13 @@ class Autoencoder:
             x: (H, W, 3) uint8; padded as PADDING says.
 
         Raises:
-            ValueError: values that are not finite, or an image that does not fit into memory.
+            ValueError: values that are not finite, or an image that does not fit into memory: others may fare better.
         """
         model = self.engine.model
         try:
             z = self.engine.encode(x) if self.posterior == "mode" else self._sample(key, x)
             x_hat = self.engine.decode(z, *x.shape[:2])
-        except NonFiniteError as exception:
+        except (ModelError, NonFiniteError) as exception:  # of the model: it cannot be run in tiles
             raise ValueError(f"{self.name}: {exception}") from exception
         indices = None
         if isinstance(model, CodebookModel):
@@ -111,10 +111,7 @@ class Autoencoder:
         height, width = x.shape[:2]
         if not engine.fits(height, width, "encode"):
             raise ValueError(f"{width} x {height} pixels need tiles, and those give no variance: --posterior mode only")
-        f = engine.model.f
-        padded = np.pad(x, ((0, -height % f), (0, -width % f), (0, 0)), mode="edge")
-        with torch.inference_mode():
-            posterior = engine.model.encode(to_float(padded)[None].to(engine.device))
+        posterior = engine.posterior(x)
         assert posterior.logvar is not None, "checked when it was made"
         mean, logvar = (part[0].float().cpu().numpy() for part in (posterior.mean, posterior.logvar))
         z: np.ndarray = mean + np.exp(0.5 * logvar) * noise(self.seed, key, mean.shape)
@@ -143,9 +140,7 @@ class Autoencoder:
 
 def noise(seed: int, key: str, shape: Sequence[int]) -> np.ndarray:
     """Return float32 normal noise that depends on the seed and the image's key alone, not on order, rank or device."""
-    digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
-    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
-    return generator.standard_normal(tuple(shape), dtype=np.float32)
+    return generator(seed, key, "posterior").standard_normal(tuple(shape), dtype=np.float32)
 
 
 def posterior_text(posterior: str, seed: int) -> str:

@@ -19,6 +19,11 @@ Result = Mapping[str, Any]
 
 LISTS = {"rd": "codecs", "recon": "models"}
 """Kind of result -> where its JSON lists what was measured."""
+_DECIDING = (
+    *("torch", "numpy", "Pillow", "imagecodecs", "scipy", "pytorch-msssim", "ssimulacra2", "flip-evaluator", "lpips"),
+    *("DISTS-pytorch", "torchmetrics", "torch-fidelity", "torchvision", "transformers"),
+)
+"""Packages whose versions may move a number."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -43,7 +48,9 @@ def _is_whole(result: Result, entries: str, row_keys: set[str]) -> bool:
     protocol, dataset, found = result.get("protocol"), result.get("dataset"), result.get(entries)
     if not (isinstance(protocol, dict) and isinstance(dataset, dict) and isinstance(found, list)):
         return False
-    if not (isinstance(protocol.get("metrics"), dict) and isinstance(dataset.get("names"), list)):
+    if not isinstance(protocol.get("metrics"), dict):
+        return False
+    if not (isinstance(dataset.get("names"), list) and isinstance(dataset.get("sha256"), str)):
         return False
     return all(
         isinstance(entry, dict)
@@ -79,6 +86,21 @@ def refusals(a: Result, b: Result) -> list[str]:
     weights = [result.get("weights") or {} for result in (a, b)]
     one, other = ({name: found[name] for name in found if name in keys} for found in weights)
     return lines + list(differences(one, other, "weights."))
+
+
+def notes(a: Result, b: Result) -> list[str]:
+    """Return what differs that may move numbers without making them another protocol: versions, number types."""
+    versions = [
+        {name: version for name, version in (result.get("versions") or {}).items() if name in _DECIDING}
+        for result in (a, b)
+    ]
+    types = [
+        {entry["name"]: (entry.get("description") or {}).get("dtype") for entry in result[LISTS[result["kind"]]]}
+        for result in (a, b)
+    ]
+    shared = types[0].keys() & types[1].keys()
+    one, other = ({f"{name} computes in": found[name] for name in sorted(shared)} for found in types)
+    return [*differences(versions[0], versions[1], "version of "), *differences(one, other)]
 
 
 def _other_images(a: Result, b: Result) -> list[str]:
@@ -146,6 +168,12 @@ def _pairs(a: Result, b: Result) -> list[tuple[_Group, _Group]]:
     return pairs
 
 
+def _alone(result: Result, paired: Sequence[_Group]) -> list[str]:
+    met = {(group.name, group.quality) for group in paired}
+    left = [(group.name, group.quality) for group in _groups(result) if (group.name, group.quality) not in met]
+    return [name if quality is None else f"{name} at {quality}" for name, quality in left]
+
+
 def compare(a: Result, b: Result) -> dict[str, Any]:
     """Return how two results differ which `refusals` has nothing against.
 
@@ -154,7 +182,8 @@ def compare(a: Result, b: Result) -> dict[str, Any]:
         "difference" b - a, the "interval" of it ([low, high]; None where there is none), "n_images", "beyond" (whether
         0 lies outside the interval; None without one) and "better" ("a", "b", or None where not beyond or unknown).
         "bd", of rd results: for each codec of both and each metric, BD-rate of B against A, see `eval.curves.bd`.
-        "only_a" and "only_b": metrics that are in one of them.
+        "alone_a" and "alone_b": codecs, with their quality, and models that have no partner in the other result.
+        "only_a" and "only_b": metrics that are in one of them. "notes": see `notes`.
 
     Raises:
         UsageError: nothing in both has one name and quality.
@@ -165,7 +194,8 @@ def compare(a: Result, b: Result) -> dict[str, Any]:
     names = [[str(name) for name in result["dataset"]["names"]] for result in (a, b)]
     index_of = [{name: index for index, name in enumerate(found)} for found in names]
     rows = []
-    for one, other in _pairs(a, b):
+    paired = _pairs(a, b)
+    for one, other in paired:
         # Images have the same pixels in the same order; a folder may have been named from another place.
         found = [
             {index_of[side].get(str(row["image"])): row for row in group.rows}
@@ -179,8 +209,11 @@ def compare(a: Result, b: Result) -> dict[str, Any]:
     return {
         "rows": rows,
         "bd": _bd(a, b, keys) if a["kind"] == "rd" else [],
+        "alone_a": _alone(a, [one for one, _ in paired]),
+        "alone_b": _alone(b, [other for _, other in paired]),
         "only_a": [key for key in a["protocol"]["metrics"] if key not in keys],
         "only_b": [key for key in b["protocol"]["metrics"] if key not in keys],
+        "notes": notes(a, b),
         "interval": bootstrap.SETTINGS + ", of the differences on the same images",
     }
 

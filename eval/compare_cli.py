@@ -57,6 +57,8 @@ def compare_command(
 
 
 def _print(found: Mapping[str, Any]) -> None:
+    from eval.bootstrap import FEW
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140  # rich would squeeze it into 80 columns
@@ -78,13 +80,23 @@ def _print(found: Mapping[str, Any]) -> None:
         table.add_row(*shown, *_cells(row))
     console.print(table)
     for row in found["bd"]:
-        if row["bd_rate_percent"] is not None:
-            but = f" ({row['reason']})" if row["reason"] else ""
-            print(f"BD-rate of B against A, {row['codec']}, {row['metric']}: {row['bd_rate_percent']:+.2f} %{but}")
+        if row["bd_rate_percent"] is None:
+            figure = f"none ({row['reason']})"
+        else:
+            overlap = f"overlap of the curves {100 * row['overlap']:.0f} %{'; says little' if row['reason'] else ''}"
+            figure = f"{row['bd_rate_percent']:+.2f} % ({overlap})"
+        print(f"BD-rate of B against A, {row['codec']}, {row['metric']}: {figure}")
     for side in "ab":
+        if alone := found[f"alone_{side}"]:
+            print(f"only in {side.upper()}, with nothing to compare it with: {', '.join(alone)}")
         if only := found[f"only_{side}"]:
             print(f"only in {side.upper()}, not compared: {', '.join(only)}")
+    for line in found["notes"]:
+        print(f"note: {line}: may move the numbers")
     print(f"interval: {found['interval']}; a verdict only where 0 lies outside it")
+    fewest = min((row["n_images"] for row in found["rows"] if row["n_images"] is not None), default=FEW)
+    if 1 < fewest < FEW:
+        print(f"note: of {fewest} images such an interval is narrower than it says: its verdicts are hints")
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

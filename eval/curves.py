@@ -29,6 +29,7 @@ SETTINGS = {
     "overlap": "shared part of the range of both curves (of the metric for BD-rate, of log10 bpp for the metric)",
     "min_overlap": MIN_OVERLAP,
     "ms_ssim": "-10 log10(1 - mean), dB",
+    "left_out": "points where the metric is not there, or infinite, for some of the images",
 }
 
 
@@ -54,11 +55,11 @@ class Curve:
 
     @classmethod
     def of(cls, codec: Mapping[str, Any], metric: Metric) -> "Curve":
-        """Take the points of a codec of rd.json that have both a rate and this metric."""
+        """Take the points of a codec of rd.json that have both a rate and this metric, of the same images."""
         pairs = [
             (point["bpp"], shown(point[metric.key], metric))
             for point in codec["points"]
-            if point["bpp"] and point.get(metric.key) is not None
+            if point["bpp"] and point.get(metric.key) is not None and _of_all(point, metric.key)
         ]
         pairs = sorted(pair for pair in pairs if math.isfinite(pair[1]))
         bpp, value = (np.array(column) for column in zip(*pairs, strict=True)) if pairs else (np.empty(0), np.empty(0))
@@ -217,6 +218,12 @@ def _shared(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
     lows, highs = sorted(low for low, _ in ranges), sorted((high for _, high in ranges), reverse=True)
     nth = min(1, len(ranges) - 1)
     return lows[nth], highs[nth]
+
+
+def _of_all(point: Mapping[str, Any], key: str) -> bool:
+    """Whether the metric is the mean of the images that the rate is of; a curve from a file does not say."""
+    n_values = point.get("n_values")
+    return n_values is None or n_values[key] == n_values["bpp"]
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

@@ -199,6 +199,10 @@ def transformers_features(folder: Path, device: str = "cpu") -> FeatureNetwork:
         return states[:, 0] if has_class else states.mean(1)
 
     taken = "class token" if has_class else "mean over positions"
-    settings = f"transformers {type(network).__name__}, last_hidden_state, {taken}, the folder's image processor"
+    its_processor = sha256_of(folder / "preprocessor_config.json")[:16]  # another resize or crop is another metric
+    settings = (
+        f"transformers {type(network).__name__}, last_hidden_state, {taken}, the folder's image processor, whose "
+        f"config has the sha256 {its_processor}..."
+    )
     weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
     return FeatureNetwork(folder.resolve().name, sha256_of(*weights), settings, features)

@@ -16,6 +16,7 @@ from codec import images
 from codec.engine import Engine
 from codec.errors import ImageError, NonFiniteError
 from codec.latent_model import LatentModel
+from codec.pipeline import FAILURES
 from codec.pixels import to_float, to_uint8
 from eval import latent_fp16, latent_probes
 from eval.draws import generator
@@ -176,7 +177,7 @@ def measure_share(
                 image = load_crop(job.path, config.size)
                 x = to_float(image)[None].to(engine.device)
                 record, example = measure_image(model, x, job, config, n_samples, share.tally)
-            except (ImageError, NonFiniteError, OSError) as exception:
+            except FAILURES as exception:
                 reason = str(exception) if str(exception).startswith(str(job.path)) else f"{job.path}: {exception}"
                 share.failed.append({"index": job.index, "image": job.name, "path": str(job.path), "reason": reason})
             else:

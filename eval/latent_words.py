@@ -77,7 +77,7 @@ def _posterior(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             "active units",
             found["active_units"],
             f"{{}} of {n}",
-            f"their mean has a variance above {found['active_threshold']} over the data; the rest is dead weight",
+            f"their mean has a variance above {found['active_threshold']}; the rest is dead, or only small in scale",
         ),
     ]
     if found["kl_nats_per_position"] is None:
@@ -335,6 +335,7 @@ def _fp16(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         "overflows": "black images in float16: set force_upcast, use bfloat16, or rescale the weights",
         "at risk": "other images or generated latents may overflow: set force_upcast",
         "safe": "pipelines may run it in float16",
+        "not measured": "the first images failed: run it again without them",
     }[found["verdict"]]
     return [
         _line(name, "verdict", found["verdict"], "{}", meaning),

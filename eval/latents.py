@@ -8,6 +8,7 @@ number of ranks does not matter. Entry: `run_latents`.
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,11 +48,13 @@ def check(model: LatentModel, folder: Path, size: int) -> None:
     """Check that a model's latents can be measured on crops of a size.
 
     Raises:
-        ModelError: it has a codebook instead of a posterior.
+        ModelError: it has a codebook instead of a posterior, or no scaling_factor that latents could be normalized by.
         UsageError: the size does not suit the model.
     """
     if model.family == "vq":
         raise ModelError(f"{folder}: a VQModel has no posterior to measure; codec-eval recon reports its codebook")
+    if not 0 < model.scaling_factor < math.inf:
+        raise ModelError(f"{folder}: scaling_factor {model.scaling_factor}, expected a positive number")
     if size % model.f or size < _SMALLEST_GRID * model.f:
         least = _SMALLEST_GRID * model.f
         raise UsageError(f"--size {size}: expected a multiple of {model.f}, the model's f, of at least {least}")

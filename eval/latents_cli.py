@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from codec.console import Exit, error, note
+from eval import options
 
 if TYPE_CHECKING:
     from eval.latent_measure import Example
@@ -29,9 +30,7 @@ def latents_command(
     size: Annotated[
         int, typer.Option(min=1, help="Side of the centre crop in pixels: a multiple of the model's f, at least 8 f.")
     ] = 256,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Measure only the first N images; default all.", show_default=False)
-    ] = None,
+    limit: options.Limit = None,
     device: Annotated[str, typer.Option(help="Torch device: auto (a GPU if there is one), cpu, cuda:1 ...")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="What the network computes in: float32, bfloat16, float16 (GPU), auto.")
@@ -55,6 +54,9 @@ def latents_command(
     sources = files.find(data, EXTENSIONS)[:limit]
     engine = Engine.load(model, EngineConfig(device=device, dtype=dtype), launch.local, notes=note)
     check(engine.model, model, size)
+    stated: Any = engine.model.network.config
+    if launch.index == 0 and stated.get("latents_mean"):
+        note(f"note: {model}: latents_mean and latents_std are not used: normalized is by scaling_factor alone")
     command = ["codec-eval", "latents", str(model), *(f"--data={path}" for path in data), f"--size={size}"]
     command += [f"--limit={limit}"] * bool(limit)
     command += [
@@ -77,9 +79,9 @@ def _report(result: dict[str, Any], example: "Example | None", out: Path, plots:
     from eval.results import write_json
 
     failed, n_images = result["failed"], result["dataset"]["n_images"]
+    for older in (out / "latents.json", *out.glob("latents_*.png")):  # never beside another run's numbers
+        older.unlink(missing_ok=True)
     if n_images:
-        for older in out.glob("latents_*.png"):  # never beside another run's numbers
-            older.unlink()
         written = [out / "latents.json"]
         write_json(result, written[0])
         print_tables(result)

@@ -157,6 +157,8 @@ def _check_sample_size(config: Mapping[str, Any], fields: Mapping[str, Any], fin
         what = f"{size!r}, expected a whole number of pixels"
     elif size % f:
         what = f"{size} is no multiple of f {f}: tiles of images and of latents do not fit together"
+    elif size < 2 * f:
+        what = f"{size} is a single latent of f {f}: enable_tiling fails"
     elif size > _LARGEST_TILE:
         what = f"{size}: enable_tiling does nothing for images up to {size} pixels"
     else:

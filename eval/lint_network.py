@@ -6,8 +6,7 @@ the first pictures again, weights rounded to float16 -> the largest magnitude th
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,11 @@ from codec.errors import ran_out_of_memory
 from codec.latent_model import CodebookModel, LatentModel, latent_model
 from codec.pixels import round_to_8_bit, to_float
 from codec.statistics import LatentStatistics, LatentSummary
+from eval import latent_fp16
 from eval.lint_config import SMALLEST_TILE
 from eval.lint_findings import Findings
 
-FLOAT16_MAX = 65504.0
-_MARGIN = 4  # as at export: an activation beyond a quarter of the range leaves no room for unusual images
+_ROOM = latent_fp16.RISKY_SHARE * latent_fp16.LARGEST  # beyond it none is left for unusual images
 _FLOAT16_PICTURES = 2
 _MAX_GRID_SIDE = 64  # latents; attention in a network of small f would take minutes on more
 _PSNR_FLOOR_DB = {False: 20.0, True: 15.0}  # by whether the pictures are the built-in ones
@@ -145,32 +144,11 @@ def _largest_in_float16(network: torch.nn.Module, pictures: Sequence[np.ndarray]
     for parameter in narrow.parameters():
         parameter.data = parameter.data.half().float()
     model = latent_model(narrow)
-    seen: dict[str, float] = {}
-    with _magnitudes(narrow, seen):
+    with latent_fp16.recording(narrow, name_of=str) as seen:
         for picture in pictures:
             model.decode(model.encode(_cut(picture, model.f).to(next(narrow.parameters()).device)).mean)
     name = max(seen, key=lambda name: seen[name])
-    return seen[name], name or "the network"
-
-
-@contextmanager
-def _magnitudes(network: torch.nn.Module, seen: dict[str, float]) -> Iterator[None]:
-    """Fill a dict with the largest magnitude of every module's output, infinite where one is not finite."""
-
-    def hook(name: str) -> Callable[..., None]:
-        def note(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and output.is_floating_point():
-                largest = float(output.abs().max())
-                seen[name] = max(seen.get(name, 0.0), largest if math.isfinite(largest) else math.inf)
-
-        return note
-
-    hooks = [module.register_forward_hook(hook(name)) for name, module in network.named_modules()]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
+    return seen[name], name
 
 
 def check_measured(measured: Measured, network: Any, rough: bool, findings: Findings) -> None:
@@ -215,13 +193,13 @@ def check_float16(measured: Measured, config: Mapping[str, Any], kind: str, roug
     mend = "write true: pipelines then decode in float32"
     if kind != "AutoencoderKL":
         mend = "publish no fp16 variant and say so in the model card: pipelines do not upcast this class by themselves"
-    if measured.largest > FLOAT16_MAX and not upcast:
-        what = f"false, and float16 ends at {FLOAT16_MAX:.0f}: black images (measured {size})"
+    if measured.largest > latent_fp16.LARGEST and not upcast:
+        what = f"false, and float16 ends at {latent_fp16.LARGEST:.0f}: black images (measured {size})"
         findings.add("fp16", "force_upcast", what, mend)
-    elif measured.largest > FLOAT16_MAX / _MARGIN and not upcast:
-        what = f"false, and little room is left below float16's {FLOAT16_MAX:.0f} (measured {size})"
+    elif measured.largest > _ROOM and not upcast:
+        what = f"false, and little room is left below float16's {latent_fp16.LARGEST:.0f} (measured {size})"
         findings.add("fp16", "force_upcast", what, mend, level="warning")
-    elif config.get("force_upcast") and measured.largest <= FLOAT16_MAX / _MARGIN and not rough:
+    elif config.get("force_upcast") and measured.largest <= _ROOM and not rough:
         what = f"true, but float16 holds everything (measured {size}): pipelines take twice the memory for nothing"
         findings.add("upcast-needless", "force_upcast", what, "write false, after a look at images made in float16")
 

@@ -17,6 +17,7 @@ from codec.console import progress, stderr
 from codec.errors import ModelError
 from codec.files import Source
 from codec.launch import Launch
+from codec.pipeline import FAILURES
 from eval.protocol import Protocol
 
 _Value = TypeVar("_Value")
@@ -68,8 +69,8 @@ def over_images(
     Args:
         sources: the images, from `codec.files.find`, the same on every rank.
         protocol: how they are prepared; its number of images must fit.
-        work: called with a name and (H, W, 3) uint8; returns something that pickle takes. It raises ValueError,
-            OSError, RuntimeError or MemoryError where this image cannot be measured.
+        work: called with a name and (H, W, 3) uint8; returns something that pickle takes. It raises one of
+            `codec.pipeline.FAILURES` where this image cannot be measured.
         launch: this process among its like; None = alone.
         title: of the progress bar.
 
@@ -95,7 +96,7 @@ def over_images(
             except ModelError as exception:
                 fatal = str(exception)
                 break
-            except (ValueError, OSError, RuntimeError, MemoryError) as exception:
+            except FAILURES as exception:
                 reason = str(exception) or type(exception).__name__
                 own.append((index, "", None, reason if reason.startswith(path) else f"{path}: {reason}"))
     every = launch.gather((own, fatal))

@@ -98,13 +98,18 @@
     look(before);
     before = null;
   });
-  for (const button of document.querySelectorAll("[data-choice]")) {
-    button.addEventListener("click", () => answer(button.dataset.choice));
-  }
-  for (const tab of at("tabs").children) tab.addEventListener("click", () => look(tab.dataset.now));
+  // A button that was clicked with the mouse gives the keys back: else space would press it again, for the next pair.
+  const onPress = (button, action) => {
+    button.addEventListener("click", (event) => {
+      if (event.detail > 0) button.blur();
+      action();
+    });
+  };
+  for (const button of document.querySelectorAll("[data-choice]")) onPress(button, () => answer(button.dataset.choice));
+  for (const tab of at("tabs").children) onPress(tab, () => look(tab.dataset.now));
   at("stage").addEventListener("click", () => look(ORDER[(ORDER.indexOf(now) + 1) % ORDER.length]));
   at("layout").addEventListener("change", () => look(now));
-  at("back").addEventListener("click", back);
+  onPress(at("back"), back);
   at("save").addEventListener("click", save);
   at("again").addEventListener("click", () => {
     if (!window.confirm("Forget all answers on this page?")) return;

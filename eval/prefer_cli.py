@@ -116,7 +116,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
         (first, second), (low, high) = row["codecs"], row["interval"]
         lines += [
             "",
-            f"{first} against {second}: n {row['n']}, wins {row['wins'][0]} and {row['wins'][1]}, ties {row['ties']}",
+            f"{first} against {second}: {row['n']} answers on {row['n_images']} images, "
+            f"wins {row['wins'][0]} and {row['wins'][1]}, ties {row['ties']}",
         ]
         if row["n"]:
             p = "" if row["p"] is None else f", p {row['p']:.3g}"

@@ -18,9 +18,10 @@ CHOICES = {"1": "a", "a": "a", "2": "b", "b": "b", "0": "tie", "tie": "tie"}
 LEVEL = 0.95
 LEAST_RIGHT = 0.8  # of the controls; a judge below it is flagged
 METHOD = (
-    "share = (wins + ties / 2) / n over all answers of all judges that count; Clopper-Pearson interval, level "
-    f"{LEVEL}, with wins + ties / 2 successes, exact without ties and wider than exact with them; p: two-sided "
-    "binomial test of the wins without ties against 1/2. Both take answers as independent."
+    "share: mean over images of (wins + ties / 2) / answers of the judges that count. The image is the unit, since "
+    f"judges of one image agree: Clopper-Pearson interval, level {LEVEL}, with the sum of these shares as successes of "
+    "as many trials as images, exact for one judge without ties and wider than exact otherwise; p: two-sided binomial "
+    "test against 1/2 of the images that more answers give to the one codec than to the other."
 )
 
 
@@ -137,12 +138,11 @@ def score(key: Mapping[str, Any], answers: Sequence[Answers], drop_flagged: bool
     preferences = []
     for codecs in dict.fromkeys(tuple(sorted((pair["a"], pair["b"]), key=key["codecs"].index)) for pair in pairs):
         of_these = [pair for pair in pairs if {pair["a"], pair["b"]} == set(codecs)]
-        votes = Counter(vote for pair in of_these for vote in _votes(pair, counted))
         per_image = [
             {"image": pair["image"], **_counts(Counter(_votes(pair, counted)), codecs)}
             for pair in sorted(of_these, key=lambda pair: str(pair["image"]))
         ]
-        preferences.append(_preference(votes, codecs) | {"images": per_image})
+        preferences.append(_preference(per_image, codecs) | {"images": per_image})
     return {
         "kind": "preferences",
         "page": key["page"],
@@ -168,6 +168,8 @@ def _check_copies(answers: Sequence[Answers]) -> None:
 def _judge(key: Mapping[str, Any], answers: Answers) -> dict[str, Any]:
     """Return how many answers a judge gave, on which sides, and how the controls went."""
     controls = [pair for pair in key["pairs"] if pair["kind"] == "control" and pair["pair"] in answers.choices]
+    # To see no difference between the original and a good file is honest: only a wrong choice counts against a judge.
+    controls = [pair for pair in controls if answers.choices[pair["pair"]] != "tie"]
     n_right = sum(answers.choices[pair["pair"]] == pair["right"] for pair in controls)
     sides = Counter(answers.choices.values())
     return {
@@ -196,13 +198,16 @@ def _counts(votes: Mapping[str, int], codecs: Sequence[str]) -> dict[str, Any]:
     return {"wins": [votes.get(codec, 0) for codec in codecs], "ties": votes.get("tie", 0)}
 
 
-def _preference(votes: Mapping[str, int], codecs: Sequence[str]) -> dict[str, Any]:
-    """Return how often the first of two codecs was preferred."""
-    counts = _counts(votes, codecs)
-    n, share = sum(counts["wins"]) + counts["ties"], counts["wins"][0] + counts["ties"] / 2
-    low, high = interval(share, n)
-    row = {"codecs": list(codecs), **counts, "n": n, "share": share / n if n else None}
-    return row | {"interval": [low, high], "p": sign_test(*counts["wins"])}
+def _preference(images: Sequence[Mapping[str, Any]], codecs: Sequence[str]) -> dict[str, Any]:
+    """Return how often the first of two codecs was preferred, see METHOD."""
+    wins = [sum(image["wins"][side] for image in images) for side in (0, 1)]
+    ties = sum(image["ties"] for image in images)
+    answered = [image for image in images if sum(image["wins"]) + image["ties"]]
+    shares = [(image["wins"][0] + image["ties"] / 2) / (sum(image["wins"]) + image["ties"]) for image in answered]
+    n, total = len(shares), sum(shares)
+    row = {"codecs": list(codecs), "wins": wins, "ties": ties, "n": sum(wins) + ties, "n_images": n}
+    row |= {"share": total / n if n else None, "interval": list(interval(total, n))}
+    return row | {"p": sign_test(sum(share > 0.5 for share in shares), sum(share < 0.5 for share in shares))}
 
 
 def interval(successes: float, n: int) -> tuple[float, float]:

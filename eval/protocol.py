@@ -32,7 +32,7 @@ class Protocol:
         version: raised when its meaning changes.
         images: what it is meant for, for people.
         side: crop to side x side pixels after resizing the shorter side to it; 0 = whole images as they are.
-        resize: "none"; "bicubic": Pillow's, filtered; "adm": halved by box filters while more than twice as large, then
+        resize: "none"; "bicubic": Pillow's, filtered; "adm": halved by box filters while at least twice as large, then
             Pillow's bicubic, as in guided-diffusion (Dhariwal & Nichol 2021, arXiv:2105.05233).
         enlarge: smaller images are enlarged to `side`, as where the protocol comes from; else they are refused.
         n_images: how many images the named set has; 0 = any number.

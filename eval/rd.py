@@ -262,9 +262,6 @@ def _kl(model: Model, image: np.ndarray) -> Row:
 
     Where the image would go through the network in tiles only, it is None too: the posterior is not looked at in tiles.
     """
-    import torch
-
-    from codec.pixels import to_float
     from codec.runtime import Codec
     from codec.statistics import LatentStatistics
 
@@ -274,11 +271,8 @@ def _kl(model: Model, image: np.ndarray) -> Row:
     height, width = image.shape[:2]
     if not model.engine.fits(height, width, "encode"):
         return nothing
-    f = model.model.f
-    padded = np.pad(image, ((0, -height % f), (0, -width % f), (0, 0)), mode="edge")
     tally = LatentStatistics(model.model.channels)
-    with torch.inference_mode():
-        tally.update(model.model.encode(to_float(padded)[None].to(model.device)))
+    tally.update(model.engine.posterior(image))
     summary = tally.summary()
     nats = float(summary.kl_nats.sum()) * summary.n_positions
     return {"kl_nats": nats, "kl_bpp": nats / math.log(2) / (height * width)}
@@ -293,8 +287,5 @@ def _undefined(entries: Sequence[_Entry], metrics: Metrics) -> dict[str, Any]:
 
 
 def _means(rows: Sequence[Row], keys: Sequence[str]) -> dict[str, Any]:
-    """Return the mean of each key over the rows where it is finite, and their intervals under "intervals"."""
-    values = {key: [row[key] for row in rows if row[key] is not None and math.isfinite(row[key])] for key in keys}
-    means: dict[str, Any] = {key: statistics.fmean(found) if found else None for key, found in values.items()}
-    means["intervals"] = {key: bootstrap.interval(found) for key, found in values.items()}
-    return means
+    means, about = bootstrap.means(rows, keys)
+    return means | about

@@ -9,7 +9,8 @@ import typer
 
 from codec.console import Exit, error, note
 from codec.errors import UsageError
-from eval.protocol import PROTOCOLS, get
+from eval import options
+from eval.protocol import get
 
 if TYPE_CHECKING:
     from codec.files import Source
@@ -20,7 +21,7 @@ _FIT_IMAGES = 200
 
 def rd_command(
     images: Annotated[list[Path], typer.Argument(help="Images, or folders searched for images.", show_default=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results; older ones in it are overwritten.")],
+    out: options.Out,
     model: Annotated[
         list[Path] | None,
         typer.Option(
@@ -44,24 +45,9 @@ def rd_command(
             show_default="about 0.1 to 1 bpp",
         ),
     ] = None,
-    protocol: Annotated[
-        str,
-        typer.Option(help=f"What is done to the images first, of {', '.join(PROTOCOLS)}; folder-N for every N."),
-    ] = "folder",
-    metrics: Annotated[
-        str | None,
-        typer.Option(help="Metrics, separated by commas.", show_default="all that the weights here allow"),
-    ] = None,
-    backbones: Annotated[
-        Path | None,
-        typer.Option(
-            "--backbones",
-            "--features",
-            help="Weights of perceptual metrics, a file or their folder. Without it $LATENT_CODEC_FEATURES and torch "
-            "hub's cache are tried, and metrics whose weights are missing are left out.",
-            show_default=False,
-        ),
-    ] = None,
+    protocol: options.Protocol = "folder",
+    metrics: options.Metrics = None,
+    backbones: options.Backbones = None,
     fit_images: Annotated[
         Path | None,
         typer.Option(
@@ -83,15 +69,11 @@ def rd_command(
     anchor: Annotated[
         str | None, typer.Option(help="Codec that others are compared with.", show_default="jpeg, else the first")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Measure only the first N images; default all.", show_default=False)
-    ] = None,
+    limit: options.Limit = None,
     picture_bpp: Annotated[
         float, typer.Option(min=0.01, max=24, help="Rate of all pictures, in bits per pixel.")
     ] = 0.3,
-    report_images: Annotated[
-        int, typer.Option(min=0, max=100, help="Images in the report, at most: the worst ten first; 0 for none.")
-    ] = 12,
+    report_images: options.ReportImages = 12,
     device: Annotated[
         str, typer.Option(help="Torch device of the models and metrics: cpu, cuda, cuda:1, auto (a rank's own GPU) ...")
     ] = "cpu",

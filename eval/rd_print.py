@@ -1,6 +1,6 @@
 """What `codec-eval rd` prints on stdout: the control, means of every codec, BD-rates, rates at equal metric."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from codec.console import note
+from eval.bootstrap import FEW
 from eval.curves import MIN_OVERLAP, shown_digits, shown_unit
 from eval.metrics import KNOWN, Metric
 
@@ -28,6 +29,10 @@ def show(result: Mapping[str, Any]) -> None:
             f"{KNOWN[key].label}: not defined for {small['n_images']} of {result['dataset']['n_images']} images, which "
             f"have a side below {small['least_side']} pixels; its means are of the others"
         )
+    for line in _infinite(result, metrics):
+        note(line)
+    if 1 < result["dataset"]["n_images"] < FEW:
+        note(f"note: of {result['dataset']['n_images']} images the 95 % intervals are narrower than they say")
     console.print(_means(result, metrics))
     comparisons = result["comparisons"]
     labels = {codec["name"]: codec["label"] for codec in result["codecs"]}
@@ -38,6 +43,19 @@ def show(result: Mapping[str, Any]) -> None:
             console.print(escape(f"  {reason}"))
         for metric in compared:
             console.print(_levels(comparisons["metrics"][metric.key], metric, labels))
+
+
+def _infinite(result: Mapping[str, Any], metrics: Sequence[Metric]) -> Iterator[str]:
+    n_images = result["dataset"]["n_images"]
+    for metric in metrics:
+        large = n_images - result["undefined"].get(metric.key, {"n_images": 0})["n_images"]
+        points = [point for codec in result["codecs"] for point in codec["points"] if point.get("n_values")]
+        fewest = min((point["n_values"][metric.key] for point in points), default=large)
+        if fewest < large:
+            yield (
+                f"{metric.label}: infinite for up to {large - fewest} of {n_images} images at some quality; means are "
+                "then of the others, and not compared"
+            )
 
 
 def _means(result: Mapping[str, Any], metrics: Sequence[Metric]) -> Table:

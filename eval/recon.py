@@ -29,7 +29,7 @@ from eval.results import finite, header
 Row = dict[str, Any]
 
 CONTROL_IMAGES = 8  # enough to show a broken path
-SELF_DISTANCES = ("rfid", "patch_fid")
+SELF_DISTANCES = ("rfid", "kid", "patch_fid", "patch_kid")
 """Metrics of two sets of images that are 0 for equal ones, whatever their number."""
 _MEANS = "mean over images of per-image values; an image where a metric is undefined or infinite is left out of it"
 _PSNR = "std: of the per-image values, over n; of_mean_mse: of the MSE over all pixels of all images"
@@ -216,14 +216,14 @@ def _row(x: np.ndarray, x_hat: np.ndarray, metrics: Metrics) -> Row:
 
 def _entry(model: Model, rows: list[Row], tally: _Tally) -> dict[str, Any]:
     keys = [key for key in rows[0] if key not in ("image", "height", "width", "mse")]
-    values = {key: [row[key] for row in rows if row[key] is not None and math.isfinite(row[key])] for key in keys}
     entry: dict[str, Any] = {"name": model.name, "description": model.description()}
-    entry["means"] = {key: statistics.fmean(found) if found else None for key, found in values.items()}
-    entry["intervals"] = {key: bootstrap.interval(found) for key, found in values.items()}
-    entry["n_values"] = {key: len(found) for key, found in values.items()}
-    entry["psnr"] = _psnr(values.get("psnr", []), rows)
+    entry["means"], about_means = bootstrap.means(rows, keys)
+    entry |= about_means
+    entry["psnr"] = _psnr([row["psnr"] for row in rows if math.isfinite(row.get("psnr", math.inf))], rows)
     entry["distribution"] = _of_set(tally)
-    entry["distribution_warnings"] = tally.distribution.about()["warnings"] if tally.distribution else []
+    about = tally.distribution.about() if tally.distribution else {"warnings": []}
+    entry["distribution_counts"] = {key: value for key, value in about.items() if key.startswith("n_")}
+    entry["distribution_warnings"] = about["warnings"]
     entry["codebook"] = None if tally.counts is None else codebook(tally.counts)
     entry["rows"] = rows
     return entry

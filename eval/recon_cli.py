@@ -13,6 +13,7 @@ from rich.table import Table
 
 from codec.console import Exit, error, note
 from codec.errors import UsageError
+from eval import options
 from eval.protocol import PROTOCOLS, Protocol, folder_of, get
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def recon_command(
     data: Annotated[
         list[Path], typer.Option("--data", help="Images, or a folder searched for images; may be repeated.")
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results; older ones in it are overwritten.")],
+    out: options.Out,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -53,20 +54,8 @@ def recon_command(
     seed: Annotated[
         int, typer.Option(min=0, help="Of a sample's noise, which this and the image's name alone decide.")
     ] = 0,
-    metrics: Annotated[
-        str | None,
-        typer.Option(help="Metrics, separated by commas.", show_default="all that the weights here allow"),
-    ] = None,
-    backbones: Annotated[
-        Path | None,
-        typer.Option(
-            "--backbones",
-            "--features",
-            help="Weights of perceptual metrics, a file or their folder. Without it $LATENT_CODEC_FEATURES and torch "
-            "hub's cache are tried, and metrics whose weights are missing are left out.",
-            show_default=False,
-        ),
-    ] = None,
+    metrics: options.Metrics = None,
+    backbones: options.Backbones = None,
     fid_network: Annotated[
         str | None,
         typer.Option(
@@ -75,12 +64,8 @@ def recon_command(
             show_default="inception, where its weights are found and --metrics is not given",
         ),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Measure only the first N images; default all.", show_default=False)
-    ] = None,
-    report_images: Annotated[
-        int, typer.Option(min=0, max=100, help="Images in the report, at most: the worst ten first; 0 for none.")
-    ] = 12,
+    limit: options.Limit = None,
+    report_images: options.ReportImages = 12,
     device: Annotated[
         str, typer.Option(help="Of models and metrics: auto (a GPU if there is one), cpu, cuda:1 ...")
     ] = "auto",
@@ -258,6 +243,21 @@ def _print(result: Mapping[str, Any]) -> None:
     console.print(table)
     for warning in result["models"][0]["distribution_warnings"]:  # of the number of images: the same for all models
         print(f"note: {warning}")
+    for line in _partial_means(result):
+        print(f"note: {line}")
+
+
+def _partial_means(result: Mapping[str, Any]) -> Iterator[str]:
+    from eval.metrics import KNOWN
+
+    n_images = result["dataset"]["n_images"]
+    for model in result["models"]:
+        for key, n in model["n_values"].items():
+            if n < n_images:
+                yield (
+                    f"{KNOWN[key].label} of {model['name']} is of {n} of {n_images} images: the others have a side "
+                    f"below {KNOWN[key].least_side} pixels, or are infinite"
+                )
 
 
 def _lines(models: Sequence[Mapping[str, Any]], network: str | None) -> Iterator[tuple[str, list[str]]]:

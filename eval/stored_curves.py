@@ -16,11 +16,14 @@ from codec.errors import UsageError
 from eval.results import read_json, write_json
 
 _KEYS = {"psnr": ("psnr-rgb", "psnr"), "ms_ssim": ("ms-ssim-rgb", "ms-ssim")}  # ours -> theirs, newest first
+_SOURCE = "codec-eval rd"
 _TIMES = {"encode_s": "encoding_time", "decode_s": "decoding_time"}
 
 
 def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write one file for each codec that was measured; those of an earlier run in the folder are removed.
+    """Write one file for each codec that was measured; those that an earlier run wrote to the folder are removed.
+
+    Other people's files stay, and so do those that this run read its stored curves from.
 
     Args:
         result: the content of rd.json.
@@ -30,8 +33,10 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
         The files written.
     """
     if folder.is_dir():
+        read_now = {Path(codec["description"]["file"]).resolve() for codec in _stored(result)}
         for path in folder.glob("*.json"):
-            path.unlink()
+            if path.resolve() not in read_now and _is_ours(path):
+                path.unlink()
     written = []
     for codec in result["codecs"]:
         points = sorted((point for point in codec["points"] if point["bpp"]), key=lambda point: point["bpp"])
@@ -42,6 +47,17 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
         write_json(_document(result, codec, points), path)
         written.append(path)
     return written
+
+
+def _stored(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [codec for codec in result["codecs"] if codec["kind"] == "file"]
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return str(read_json(path)["meta"]["source"]).startswith(_SOURCE)
+    except (UsageError, KeyError, TypeError):
+        return False
 
 
 def _document(
@@ -64,7 +80,7 @@ def _document(
             "dataset_sha256": dataset["sha256"],
             "protocol_hash": result["protocol_hash"],
             "qualities": [point["quality"] for point in points],
-            "source": f"codec-eval rd, commit {result['commit']}",
+            "source": f"{_SOURCE}, commit {result['commit']}",
         },
     }
 

@@ -244,6 +244,10 @@ def test_answering_with_keys(browser: Any, tmp_path: Path) -> None:
     body = browser.find_element("tag name", "body")
     body.send_keys("2")  # a slip, taken back
     body.send_keys("\ue003")
+    browser.find_element("css selector", "[data-choice=a]").click()
+    browser.switch_to.active_element.send_keys(" ")  # space shows the next picture, and answers nothing
+    assert browser.find_element("id", "where").text.startswith("Pair 2 ")
+    browser.switch_to.active_element.send_keys("\ue003")
     for index, pair in enumerate(key["pairs"]):
         assert browser.find_element("id", "where").text == f"Pair {index + 1} of {len(key['pairs'])}"
         for side in ("a", "b"):

@@ -146,9 +146,26 @@ def test_rd_at_equal_quality_and_ceilings(compare: Callable[..., Any]) -> None:
         ("ours", "ceiling", "psnr", 2),
         ("ours", "ceiling", "lpips_alex", 0),
     ]
+    assert found["comparisons"][0]["alone_a"] == ["ours at 10", "jpeg at 5"]
+    assert found["comparisons"][0]["alone_b"] == ["ours at 90", "webp at 5"]
     code, _, lines = compare(a, rd({"avif": {10: PSNR}}, PSNR))
     assert code == 2
     assert lines == ["error: no codec of one name and quality in both: ours, jpeg against avif"]
+
+
+def test_other_versions_and_number_types_are_said(compare: Callable[..., Any]) -> None:
+    a, b = (
+        recon({**model("small", PSNR, LPIPS), "description": {"dtype": dtype}})
+        | {"versions": {"lpips": version, "rich": version}}
+        for dtype, version in (("float32", "0.1.4"), ("bfloat16", "0.1.5"))
+    )
+    code, found, _ = compare(a, b)
+    assert code == 0
+    assert found["comparisons"][0]["notes"] == [
+        "version of lpips: '0.1.4' against '0.1.5'",
+        "small computes in: 'float32' against 'bfloat16'",
+    ]
+    assert compare(a, a)[1]["comparisons"][0]["notes"] == []
 
 
 def test_a_metric_of_one_result_only_is_named_and_left_out(compare: Callable[..., Any]) -> None:
@@ -240,6 +257,7 @@ def test_of_several_results_each_is_held_against_the_first(compare: Callable[...
         ('{"kind": "recon"}', "b.json: a damaged result: its protocol, dataset or models are not as expected"),
         (json.dumps({**recon(), "models": [{"name": "x", "rows": [{}]}]}), "b.json: a damaged result"),
         (json.dumps({**recon(), "protocol": {}}), "b.json: a damaged result"),
+        (json.dumps({**recon(), "dataset": {"names": NAMES}}), "b.json: a damaged result"),  # of whichever pixels
     ],
 )
 def test_what_is_no_result_is_refused(compare: Callable[..., Any], content: str, message: str) -> None:
@@ -257,7 +275,10 @@ def test_missing_file_and_single_file(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_table_says_what_lies_beyond_the_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = recon(model("small", [value + 1 for value in PSNR], np.add(LPIPS, [0.1, -0.1, 0.1, -0.1]).tolist(), 4.5))
+    other = recon(
+        model("small", [value + 1 for value in PSNR], np.add(LPIPS, [0.1, -0.1, 0.1, -0.1]).tolist(), 4.5),
+        model("large", PSNR, LPIPS),
+    )
     for name, result in (("a", recon()), ("b", other)):
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
@@ -271,6 +292,28 @@ def test_the_table_says_what_lies_beyond_the_interval(tmp_path: Path, capsys: py
     assert "within the interval" in line("lpips_alex")
     assert "-0.5" in line("fid")
     assert "no interval" in line("fid")
+    assert "only in B, with nothing to compare it with: large" in lines
+    assert "note: of 4 images such an interval is narrower than it says: its verdicts are hints" in lines
+
+
+def test_bd_rates_are_printed_with_their_overlap_or_the_reason_for_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(name: str, low: float, lpips: list[float]) -> str:
+        result = rd({"ours": {10: PSNR}}, PSNR)
+        points = zip([0.1, 0.2, 0.4, 0.8], [low, low + 3, low + 6, low + 9], lpips, strict=True)
+        keys = ("bpp", "psnr", "lpips_alex")
+        result["codecs"][0]["points"] = [dict(zip(keys, point, strict=True)) for point in points]
+        (tmp_path / name).write_text(json.dumps(result))
+        return str(tmp_path / name)
+
+    paths = [write("a.json", 26.0, [0.4, 0.3, 0.2, 0.1]), write("b.json", 32.0, [0.4, 0.3, 0.35, 0.1])]
+    assert main(["compare", *paths]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BD-rate of B against A, ours")]
+    assert lines == [
+        "BD-rate of B against A, ours, psnr: -75.00 % (overlap of the curves 20 %; says little)",
+        "BD-rate of B against A, ours, lpips_alex: none (the metric is no better at 0.400 than at 0.200 bpp)",
+    ]
 
 
 def test_rd_curves_of_a_codec_that_both_have(compare: Callable[..., Any]) -> None:

@@ -151,6 +151,15 @@ def test_levels_are_round_and_within_reach() -> None:
     assert bpp_levels([]) == []
 
 
+def test_points_of_some_of_the_images_are_not_compared_with_rates_of_all() -> None:
+    one = codec("one", *STORED["hyperprior"])
+    for n, point in enumerate(one["points"]):
+        point["n_values"] = {"bpp": 24, "psnr": 23 if n == 5 else 24}
+    curve = Curve.of(one, PSNR)
+    assert curve.bpp.tolist() == STORED["hyperprior"][0][:5]
+    assert curve.bpp_at(36.0) is None
+
+
 def test_a_metric_of_one_codec_alone_is_not_compared() -> None:
     pair = [codec("a", [0.1, 0.2], [30, 31]), codec("b", [0.1, 0.2], [0.9, 0.95], "ms_ssim")]
     assert compare(pair, [PSNR, MS_SSIM], "a")["metrics"] == {}
@@ -231,10 +240,14 @@ def test_what_is_written_has_compressais_keys_and_comes_back(tmp_path: Path) -> 
         {**common, "name": "empty", "label": "empty", "points": []},
     ]
     dataset = {"name": "two", "n_images": 2, "sha256": "0"}
-    (tmp_path / "old.json").write_text("{}")
     result = {"codecs": codecs, "dataset": dataset, "protocol_hash": "h", "commit": None}
+    codecs[2]["description"] = {"file": str(tmp_path / "read.json")}
+    earlier = [{**common, "name": name, "label": name} for name in ("old", "read")]
+    stored_curves.write({**result, "codecs": earlier}, tmp_path)
+    (tmp_path / "theirs.json").write_text(json.dumps(DOCUMENT))
     written = stored_curves.write(result, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_b_c.json", "jpeg.json"]
+    # What an earlier run wrote is gone, but for the curve that this one has read; what others put there stays.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_b_c.json", "jpeg.json", "read.json", "theirs.json"]
     document = json.loads(written[0].read_text())
     assert (document["name"], document["results"]) == (
         "JPEG",

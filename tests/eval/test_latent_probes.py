@@ -321,5 +321,6 @@ def test_activations_are_recorded_by_block() -> None:
     assert latent_fp16.judge({"a": 10.0}, 70000.0)["verdict"] == "overflows"
     assert latent_fp16.judge({"a": 10.0}, 1.0)["verdict"] == "safe"
     assert latent_fp16.judge({"a": np.inf}, 1.0)["verdict"] == "overflows"
+    assert latent_fp16.judge({}, 1.0)["verdict"] == "not measured"
     assert latent_fp16.block_of("decoder.up_blocks.1.resnets.0.conv1") == "decoder.up_blocks.1"
     assert latent_fp16.block_of("decoder.mid_block.resnets.0.conv1") == "decoder.mid_block"

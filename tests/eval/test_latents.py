@@ -208,6 +208,16 @@ def test_bad_images_are_listed_and_the_rest_is_measured(
     assert "nothing was measured" in capfd.readouterr().err
 
 
+def test_another_normalisation_is_said_not_to_be_used(
+    tmp_path: Path, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    network = new_network()
+    network.register_to_config(latents_mean=[0.0] * 4, latents_std=[2.0] * 4)
+    network.save_pretrained(tmp_path / "model")
+    latents(tmp_path / "model", folder, tmp_path / "out", "--limit", "1", "--no-plots")
+    assert "latents_mean and latents_std are not used" in capfd.readouterr().err
+
+
 def test_usage_errors(tmp_path: Path, model_dir: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out, data = ["-o", str(tmp_path / "out")], ["--data", str(folder)]
     (tmp_path / "empty").mkdir()

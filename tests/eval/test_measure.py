@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from codec import images
-from codec.errors import ModelError, UsageError
+from codec.errors import ModelError, NonFiniteError, UsageError
 from codec.files import find
 from codec.images import EXTENSIONS
 from codec.launch import Launch
@@ -66,6 +66,16 @@ def test_every_image_is_measured_once_in_order(folder: Path, count: int) -> None
     assert found.failed[1]["reason"] == f"{folder / '4.png'}: too tall"
     assert found.sha256 == on_ranks(folder, 1, height).sha256
     assert found.sha256 != on_ranks(folder, 1, lambda name, x: name).sha256  # of those that count
+
+
+def test_a_model_without_finite_numbers_fails_on_its_images(folder: Path) -> None:
+    def work(name: str, x: np.ndarray) -> None:
+        if name == "0.png":
+            raise NonFiniteError("the latents are not finite")
+
+    found = over_images(find([folder], EXTENSIONS), get("folder"), work)
+    assert found.names == ["1.png", "3.png", "4.png"]
+    assert found.failed[0]["reason"] == f"{folder / '0.png'}: the latents are not finite"
 
 
 def test_a_wrong_model_stops_every_rank(folder: Path) -> None:

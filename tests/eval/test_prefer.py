@@ -126,15 +126,17 @@ def test_a_planted_preference(page: Path, tmp_path: Path, capsys: pytest.Capture
     (row,) = result["preferences"]
     assert row["codecs"] == ["JPEG", "WebP"]
     assert (row["wins"], row["ties"], row["n"], row["share"]) == ([0, 8], 0, 8, 0.0)
-    assert row["interval"] == [0.0, pytest.approx(1 - 0.025 ** (1 / 8))]  # the closed form for no success
-    assert row["p"] == pytest.approx(2 / 2**8)
+    # Two judges of the same four images are four trials, not eight: the closed form for no success.
+    assert row["n_images"] == 4
+    assert row["interval"] == [0.0, pytest.approx(1 - 0.025 ** (1 / 4))]
+    assert row["p"] == pytest.approx(2 / 2**4)
     assert [image["image"] for image in row["images"]] == sorted(NAMES)
     assert all(image["wins"] == [0, 2] for image in row["images"])
     assert [judge["n_controls_right"] for judge in result["judges"]] == [2, 2]
     assert not any(judge["flagged"] for judge in result["judges"])
     assert result["page"] in json.dumps(key_of(page)["page"])
     printed = capsys.readouterr().out
-    assert "JPEG preferred in 0.0%, interval 0.0% to 36.9%" in printed
+    assert "JPEG preferred in 0.0%, interval 0.0% to 60.2%" in printed
 
 
 def test_ties_count_half(page: Path, tmp_path: Path) -> None:
@@ -148,6 +150,15 @@ def test_ties_count_half(page: Path, tmp_path: Path) -> None:
     assert (row["wins"], row["ties"], row["share"]) == ([2, 0], 2, 0.75)
     assert row["interval"] == list(interval(3, 4))
     assert row["p"] == sign_test(2, 0) == 0.5
+
+
+def test_no_difference_on_a_control_does_not_count_against_a_judge(page: Path, tmp_path: Path) -> None:
+    choices = choices_for(page, "JPEG")
+    control = next(pair for pair in key_of(page)["pairs"] if pair["kind"] == "control")
+    choices[control["pair"]] = "0"
+    assert main(["prefer", "--score", str(page), str(answer(page, tmp_path / "a.json", choices))]) == 0
+    (judge,) = json.loads((page / "preferences.json").read_text())["judges"]
+    assert (judge["n_controls"], judge["n_controls_right"], judge["flagged"]) == (1, 1, False)
 
 
 def test_a_judge_who_fails_the_controls(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

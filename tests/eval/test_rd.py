@@ -180,6 +180,20 @@ def test_infinite_psnr_is_null(tmp_path: Path) -> None:
     json.dumps(result, allow_nan=False)
 
 
+def test_means_of_some_images_only_are_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (40, 40), (128, 128, 128)).save(folder / "flat.png")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "noise.png")
+    assert main(["rd", str(folder), "--baselines", "jpeg", "--metrics", "psnr", "-o", str(tmp_path / "out")]) == 0
+    point = json.loads((tmp_path / "out" / "rd.json").read_text())["codecs"][0]["points"][-1]
+    assert point["n_values"] == {"bpp": 2, "psnr": 1}
+    error = capsys.readouterr().err
+    assert "PSNR: infinite for up to 1 of 2 images at some quality" in error
+    assert "of 2 images the 95 % intervals are narrower than they say" in error
+
+
 def test_failing_image_counts_for_no_codec(folder: Path) -> None:
     Image.new("RGB", (20, 20), (1, 2, 3)).save(folder / "aa.png")
     result = run_rd(find([folder], EXTENSIONS), how([FakeCodec()], qualities=[50]))
