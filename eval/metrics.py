@@ -245,7 +245,12 @@ class Metrics:
 
     def __call__(self, x: np.ndarray, x_hat: np.ndarray) -> dict[str, float | None]:
         """Return one value for each metric of `list`; None where a metric cannot be computed."""
-        _check(x, x_hat)
+        return self.many(x, [x_hat])[0]
+
+    def many(self, x: np.ndarray, x_hats: Sequence[np.ndarray]) -> list[dict[str, float | None]]:
+        """Return what a call returns for each reconstruction of one image; together they keep more cores busy."""
+        for x_hat in x_hats:
+            _check(x, x_hat)
         if self._reference is None or not np.array_equal(self._reference.x, x):
             self._reference = _Reference(x)
         reference = self._reference
@@ -253,10 +258,14 @@ class Metrics:
         alone = [key for key in _WEIGHT_FREE if key in keys]
         pool = _pool(_n_threads())
         # Networks have threads of their own; of the others only FLIP has, and none keeps all cores busy.
-        futures = {key: pool.submit(self._value, key, reference, x_hat) for key in alone} if pool else {}
-        values = {key: future.result() for key, future in futures.items()}
-        values |= {key: self._value(key, reference, x_hat) for key in keys if key not in values}
-        return {metric.key: values[metric.key] for metric in self.list}
+        futures = {}
+        if pool is not None:
+            jobs = [(key, n) for key in alone for n in range(len(x_hats))]
+            futures = {(key, n): pool.submit(self._value, key, reference, x_hats[n]) for key, n in jobs}
+        values = {at: future.result() for at, future in futures.items()}
+        for n, x_hat in enumerate(x_hats):
+            values |= {(key, n): self._value(key, reference, x_hat) for key in keys if (key, n) not in values}
+        return [{key: values[key, n] for key in keys} for n in range(len(x_hats))]
 
     def _value(self, key: str, reference: _Reference, x_hat: np.ndarray) -> float | None:
         x = reference.x

@@ -240,3 +240,12 @@ def test_mismatch_raises(metric: Callable[[np.ndarray, np.ndarray], float]) -> N
         metric(x, x.astype(np.float32))
     with pytest.raises(ValueError, match=r"\(32, 32, 1\)"):
         metric(x[..., :1], x[..., :1])
+
+
+def test_many_reconstructions_at_once_measure_as_one_by_one() -> None:
+    x = photo(176, 190, 3)
+    x_hats = [np.clip(x.astype(int) + shift, 0, 255).astype(np.uint8) for shift in (0, 5, -9)]
+    metrics = Metrics(metrics=[KNOWN[key] for key in ("psnr", "ssim", "ms_ssim", "ssimulacra2", "flip")])
+    together = metrics.many(x, x_hats)
+    assert together == [Metrics(metrics=metrics.list)(x, x_hat) for x_hat in x_hats]
+    assert len({row["flip"] for row in together}) == 3
