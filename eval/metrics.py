@@ -8,8 +8,9 @@ Entry: `chosen`, which gives a `Metrics` of those asked for, or of all that this
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codec.errors import UsageError
+from codec.workers import Processes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,6 +213,8 @@ class Metrics:
         metrics: what to measure; None = all of METRICS.
         distances: the metrics that need a network, by key; one that is not there is None for every pair.
         absent: why metrics were left out, by key.
+        n_processes: beside this one, for FLIP, which lets no other thread of its process work; 0 = none. Whoever asks
+            for some needs a main module that can be imported again, as `multiprocessing` says.
 
     Attributes:
         list: what is measured, in the order of METRICS.
@@ -224,12 +228,14 @@ class Metrics:
         metrics: Sequence[Metric] | None = None,
         distances: "Mapping[str, Distance] | None" = None,
         absent: Mapping[str, str] | None = None,
+        n_processes: int = 0,
     ) -> None:
         keys = {metric.key for metric in (METRICS if metrics is None else metrics)}
         self.list = tuple(metric for metric in METRICS if metric.key in keys)
         self.absent = dict(absent or {})
         self._distances = dict(distances or {}) | ({"lpips_sqz10": features} if features is not None else {})
         self._reference: _Reference | None = None
+        self._n_processes = n_processes
 
     def settings(self) -> dict[str, str]:
         """Return how each metric is computed, by key: the part of a protocol that is about metrics."""
@@ -257,11 +263,14 @@ class Metrics:
         keys = [metric.key for metric in self.list]
         alone = [key for key in _WEIGHT_FREE if key in keys]
         pool = _pool(_n_threads())
-        # Networks have threads of their own; of the others only FLIP has, and none keeps all cores busy.
-        futures = {}
-        if pool is not None:
+        futures: dict[tuple[str, int], Future[Any]] = {}
+        if pool is not None:  # networks have threads of their own
             jobs = [(key, n) for key in alone for n in range(len(x_hats))]
-            futures = {(key, n): pool.submit(self._value, key, reference, x_hats[n]) for key, n in jobs}
+            if self._n_processes:
+                flips = [n for key, n in jobs if key == "flip"]
+                futures = {("flip", n): _processes(self._n_processes).submit(_flip_alone, x, x_hats[n]) for n in flips}
+                jobs = [job for job in jobs if job not in futures]
+            futures |= {(key, n): pool.submit(self._value, key, reference, x_hats[n]) for key, n in jobs}
         values = {at: future.result() for at, future in futures.items()}
         for n, x_hat in enumerate(x_hats):
             values |= {(key, n): self._value(key, reference, x_hat) for key in keys if (key, n) not in values}
@@ -325,6 +334,16 @@ def _pool(n_threads: int) -> ThreadPoolExecutor | None:
     return ThreadPoolExecutor(min(n_threads, 4), "metrics", start)
 
 
+@cache
+def _processes(n_processes: int) -> Processes:
+    return Processes(n_processes)
+
+
+def _flip_alone(x: np.ndarray, x_hat: np.ndarray) -> float:
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when the library loads; the processes themselves keep the cores busy
+    return flip(x, x_hat)
+
+
 def chosen(names: str | None = None, place: str | Path | None = None, device: str = "cpu") -> Metrics:
     """Return the metrics that were asked for, or all that can be had here.
 
@@ -356,7 +375,8 @@ def chosen(names: str | None = None, place: str | Path | None = None, device: st
     if names is None and place is not None and not distances:
         raise FeaturesError(absent["lpips_sqz10"])
     found = [metric for metric in metrics if metric.backbone is None or metric.key in distances]
-    return Metrics(metrics=found, distances=distances, absent=absent)
+    n_processes = min(_n_threads(), 4) if _n_threads() > 1 else 0
+    return Metrics(metrics=found, distances=distances, absent=absent, n_processes=n_processes)
 
 
 def _named(names: str) -> list[Metric]:

@@ -247,5 +247,11 @@ def test_many_reconstructions_at_once_measure_as_one_by_one() -> None:
     x_hats = [np.clip(x.astype(int) + shift, 0, 255).astype(np.uint8) for shift in (0, 5, -9)]
     metrics = Metrics(metrics=[KNOWN[key] for key in ("psnr", "ssim", "ms_ssim", "ssimulacra2", "flip")])
     together = metrics.many(x, x_hats)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # with one there are neither threads nor processes
+    try:
+        assert Metrics(metrics=metrics.list, n_processes=2).many(x, x_hats) == together
+    finally:
+        torch.set_num_threads(before)
     assert together == [Metrics(metrics=metrics.list)(x, x_hat) for x_hat in x_hats]
     assert len({row["flip"] for row in together}) == 3
