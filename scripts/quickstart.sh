@@ -41,6 +41,7 @@ codec-eval rd "$OUT/photos/test" -m "$MODEL" -o "$OUT/rd"
 cat <<END
 
 Done. Look at
+  $OUT/rd/report.html             all of it on one page: tables, plots, a viewer with a slider, the worst images
   $OUT/rd/comparison.png          original, ours and the baselines at the nearest equal rate
   $OUT/rd/rd_psnr.png             rate against PSNR (and rd_*.png for the other metrics)
   $OUT/run/validation/            reconstructions while it trained
