@@ -254,15 +254,15 @@ class _First(Launch):
         return [value]
 
 
-def same(a: Any, b: Any) -> None:
+def assert_same(a: Any, b: Any) -> None:
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         for key in a:
-            same(a[key], b[key])
+            assert_same(a[key], b[key])
     elif isinstance(a, list):
         assert len(a) == len(b)
         for one, other in zip(a, b, strict=True):
-            same(one, other)
+            assert_same(one, other)
     elif isinstance(a, float):
         assert b == pytest.approx(a, rel=1e-6, abs=1e-9)
     else:
@@ -279,4 +279,5 @@ def test_two_ranks_find_what_one_finds(model_dir: Path, folder: Path) -> None:
 
     alone = run(Launch())
     run(_First(0, 2))
-    same(alone, run(_Second(_First.said)))
+    assert alone["dataset"]["n_images"] == 3
+    assert_same(alone, run(_Second(_First.said)))
