@@ -17,9 +17,7 @@ from codec.errors import UsageError
 def compare_command(
     results: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="A.json B.json...", help="Results of codec-eval rd or recon; all are compared with A.", exists=False
-        ),
+        typer.Argument(metavar="A.json B.json...", help="Results of codec-eval rd or recon; all are compared with A."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of tables.")] = False,
 ) -> int:

@@ -1,5 +1,6 @@
-"""Options that several commands of `codec-eval` share, each with its help. Imports neither torch nor numpy."""
+"""What several commands of `codec-eval` share: options with their help, a data set's name. Light to import."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -31,3 +32,12 @@ Limit = Annotated[
 ReportImages = Annotated[
     int, typer.Option(min=0, max=100, help="Images in the report, at most: the worst ten first; 0 for none.")
 ]
+
+
+def name_of(data: Sequence[Path]) -> str:
+    """Return what titles call a data set: the names of up to three sources, else "images"."""
+    return ", ".join(dict.fromkeys(path.resolve().name for path in data)) if len(data) < 4 else "images"
+
+
+def say_nothing(line: str) -> None:
+    """Take a note on ranks that print nothing."""

@@ -115,7 +115,7 @@ def rd_command(
     from eval.foreign import Fitting, load_models
     from eval.rd import RateDistortion, run_rd
 
-    say = note if launch.index == 0 else _nobody
+    say = note if launch.index == 0 else options.say_nothing
     where = str(pick_device(device, launch.local))
     measures = pairs.chosen(metrics, backbones, where)
     if measures.absent:
@@ -142,16 +142,12 @@ def rd_command(
         stored=stored,
         anchor=anchor,
     )
-    name = ", ".join(dict.fromkeys(path.resolve().name for path in images)) if len(images) < 4 else "images"
+    name = options.name_of(images)
     result = run_rd(sources, how, launch, shlex.join(command), name)
     if launch.index == 0:
         _write(result, sources, how, (picture_bpp, report_images), out)
     # A launcher ends all processes when one fails: only the first, which is done last, may say that images failed.
     return Exit.SOME_FAILED if result["failed"] and launch.index == 0 else Exit.OK
-
-
-def _nobody(line: str) -> None:
-    """Take a note on ranks that print nothing."""
 
 
 def _names(text: str) -> list[str]:

@@ -103,7 +103,7 @@ def recon_command(
     from eval.autoencoder import load_all
     from eval.recon import Recon
 
-    say = note if launch.index == 0 else _nobody
+    say = note if launch.index == 0 else options.say_nothing
     where = str(pick_device(device, launch.local))
     measures = pairs.chosen(metrics, backbones, where)
     network = _network(fid_network or ("none" if metrics else None), backbones, where)
@@ -118,7 +118,7 @@ def recon_command(
         models=loaded,
         launch=launch,
         command=shlex.join(command),
-        dataset=_name(data),
+        dataset=options.name_of(data),
         n_shown=report_images,
         out=out,
     )
@@ -146,10 +146,6 @@ def _network(name: str | None, backbones: Path | None, device: str) -> "FeatureN
     return load_network(name, backbones, device)
 
 
-def _nobody(line: str) -> None:
-    """Take a note on ranks that print nothing."""
-
-
 def _protocols(name: str | None, sizes: str | None) -> list[Protocol]:
     if sizes is None:
         return [get(name or DEFAULT_PROTOCOL)]
@@ -159,10 +155,6 @@ def _protocols(name: str | None, sizes: str | None) -> list[Protocol]:
     if not all(part.isdecimal() and 1 <= int(part) <= 99999 for part in parts):
         raise UsageError(f"--size: expected sides in pixels separated by commas, like 256,512, got {sizes!r}")
     return [folder_of(int(part)) for part in dict.fromkeys(parts)]
-
-
-def _name(data: Sequence[Path]) -> str:
-    return ", ".join(dict.fromkeys(path.resolve().name for path in data)) if len(data) < 4 else "images"
 
 
 @dataclass(frozen=True, kw_only=True)
