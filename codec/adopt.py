@@ -5,7 +5,7 @@
 `codec-train export` measures with the same functions. Entries: `measure`, `adopt`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ def measure(
     *,
     step: np.ndarray | None = None,
     n_decoded: int = 0,
+    watch: Callable[[np.ndarray, np.ndarray], None] = lambda _z, _image: None,
 ) -> Measured | None:
     """Encode training images, whole, and measure their latents.
 
@@ -62,6 +63,7 @@ def measure(
         n_images: how many there are at most.
         step: (D,) float32, steps at q = 0 that are known already; None = measured.
         n_decoded: how many are decoded too, for the largest activation.
+        watch: called with each image's raw latents, (D, h, w) float32, and the image.
 
     Returns:
         None where there was no image.
@@ -86,7 +88,9 @@ def measure(
             else:
                 posterior = model.encode(x)
         statistics.update(posterior)
-        kept.append(random_part(posterior.mean[0].cpu().numpy(), per_image, rng))
+        grid = posterior.mean[0].cpu().numpy()
+        watch(grid, image)
+        kept.append(random_part(grid, per_image, rng))
     if not kept:
         return None
     summary = statistics.summary()

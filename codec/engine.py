@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from codec import fast, memory, tiled
-from codec.errors import NonFiniteError, UsageError, ran_out_of_memory
+from codec.errors import ModelError, NonFiniteError, UsageError, ran_out_of_memory
 from codec.latent_model import LatentModel, Posterior, decoder_id, latent_model, load_network
 from codec.pixels import to_float, to_uint8
 
@@ -135,7 +135,7 @@ class Engine:
 
         if not self.fits(height, width, "encode"):
             return self._careful("encode", None, in_tiles)
-        return self._careful("encode", lambda: _encode_whole(self.model, image, self.device), in_tiles)
+        return self._careful("encode", lambda model: _encode_whole(model, image, self.device), in_tiles)
 
     def posterior(self, image: np.ndarray) -> Posterior:
         """Return the raw posterior of an image that goes through whole, see `fits`: neither tiles nor second tries.
@@ -176,18 +176,21 @@ class Engine:
         if local or not self.fits(height, width, "decode"):
             return self._careful("decode", None, in_tiles)
         return self._careful(
-            "decode", lambda: _crop(_decode_whole(self.model, z, height, width, self.device), region), in_tiles
+            "decode", lambda model: _crop(_decode_whole(model, z, height, width, self.device), region), in_tiles
         )
 
     def _careful(
-        self, verb: str, whole: Callable[[], np.ndarray] | None, in_tiles: Callable[[torch.dtype], np.ndarray]
+        self,
+        verb: str,
+        whole: Callable[[LatentModel], np.ndarray] | None,
+        in_tiles: Callable[[torch.dtype], np.ndarray],
     ) -> np.ndarray:
         """Run whole or in tiles; in tiles after running out of memory, in float32 after numbers beyond the type."""
         with torch.inference_mode():
             try:
                 if whole is not None:
                     try:
-                        return whole()
+                        return whole(self.model)
                     except (MemoryError, RuntimeError) as exception:
                         if not ran_out_of_memory(exception):
                             raise
@@ -199,7 +202,12 @@ class Engine:
                 if self.dtype == torch.float32:
                     raise
                 self.notes(f"{verb}: numbers beyond {self._dtype_name}; done again in float32")
-                return in_tiles(torch.float32)
+                try:
+                    return in_tiles(torch.float32)
+                except ModelError:  # a network that cannot be run in stripes
+                    if whole is None:
+                        raise
+                    return whole(latent_model(fast.plain(self.model.network)))  # other images may be in the other
 
     @property
     def _dtype_name(self) -> str:

@@ -1,7 +1,7 @@
 """Fast inference of diffusers' autoencoders, in place: `accelerate(pipe.vae)`.
 
     network.encoder, network.decoder -> Fast... classes, the same modules, parameters and names
-        CPU: stripes (`codec.kernels`)          GPU, unusual networks: a copy in dtype, channels last [, compiled]
+        CPU: stripes (`codec.kernels`)          GPU, other networks: a copy in dtype, channels last [, compiled]
 
 What goes in and comes out keeps the dtype that it has in diffusers (the parameters'); `dtype` is only what is computed
 in between. So `network.dtype`, `state_dict()`, `save_pretrained` and the decoder id stay as they were, pipelines need
@@ -13,7 +13,8 @@ import copy
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, Encoder, EncoderTiny
+from diffusers.models.autoencoders import autoencoder_dc
+from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, Encoder, EncoderTiny, MaskConditionDecoder
 
 from codec.striped import Striped, pays, stripable
 from codec.striped_tiny import StripedTiny
@@ -44,7 +45,7 @@ def accelerate(network: torch.nn.Module, dtype: torch.dtype | None = None, *, co
     compute needs; new weights (`load_state_dict`, `to`) count from the next call on.
 
     Args:
-        network: AutoencoderKL, AutoencoderTiny, VQModel or another one with the same encoders and decoders; eval mode.
+        network: of a class in `codec.adapters`, or another one with the same encoders and decoders; eval mode.
         dtype: what is computed in; None = `best_dtype` of the device. float16 on a GPU only.
         compile: torch.compile what is not computed in stripes (all on a GPU), in the first call with a size of images.
 
@@ -85,6 +86,13 @@ def restore(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
+def plain(network: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a network as it was before `accelerate`; this one stays as it is."""
+    parts = (getattr(network, name, None) for name in ("encoder", "decoder"))
+    kept = {id(part._runner): part._runner for part in parts if isinstance(part, _Fast)}  # not copied, but dropped
+    return restore(copy.deepcopy(network, kept))
+
+
 def compute_dtype(network: torch.nn.Module) -> torch.dtype | None:
     """Return what an accelerated network computes in; None for a plain one."""
     decoder = getattr(network, "decoder", None)
@@ -123,7 +131,7 @@ class _Runner:
         return y.to(parameter.dtype, memory_format=torch.contiguous_format)
 
     def _way(self, module: torch.nn.Module, x: torch.Tensor, device: torch.device) -> str:
-        if device.type != "cpu" or not stripable(module):
+        if device.type != "cpu" or not isinstance(module, _WALKED) or not stripable(module):
             return "twin"
         if self.dtype == torch.bfloat16 and isinstance(module, EncoderTiny | DecoderTiny):
             return "tiny"
@@ -161,11 +169,23 @@ class _Fast:
 
 
 class FastEncoder(_Fast, Encoder):  # type: ignore[misc]
-    """Encoder of AutoencoderKL and VQModel."""
+    """Encoder of AutoencoderKL, AutoencoderKLFlux2, AsymmetricAutoencoderKL and VQModel."""
 
 
 class FastDecoder(_Fast, Decoder):  # type: ignore[misc]
-    """Decoder of AutoencoderKL and VQModel."""
+    """Decoder of AutoencoderKL, AutoencoderKLFlux2 and VQModel."""
+
+
+class FastMaskDecoder(_Fast, MaskConditionDecoder):  # type: ignore[misc]
+    """Decoder of AsymmetricAutoencoderKL."""
+
+
+class FastEncoderDC(_Fast, autoencoder_dc.Encoder):  # type: ignore[misc]
+    """Encoder of AutoencoderDC."""
+
+
+class FastDecoderDC(_Fast, autoencoder_dc.Decoder):  # type: ignore[misc]
+    """Decoder of AutoencoderDC."""
 
 
 class FastEncoderTiny(_Fast, EncoderTiny):  # type: ignore[misc]
@@ -179,7 +199,13 @@ class FastDecoderTiny(_Fast, DecoderTiny):  # type: ignore[misc]
 _KINDS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     Encoder: FastEncoder,
     Decoder: FastDecoder,
+    MaskConditionDecoder: FastMaskDecoder,
+    autoencoder_dc.Encoder: FastEncoderDC,
+    autoencoder_dc.Decoder: FastDecoderDC,
     EncoderTiny: FastEncoderTiny,
     DecoderTiny: FastDecoderTiny,
 }
 """diffusers class -> ours."""
+
+_WALKED = (Encoder, Decoder, EncoderTiny, DecoderTiny)
+"""What `codec.striped` knows; the others run as a twin."""

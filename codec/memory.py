@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers import AutoencoderDC, AutoencoderTiny, VQModel
 
 from codec import fast, plan, tiled_tiny
 from codec.errors import ModelError
@@ -24,6 +24,7 @@ _BUFFERS = 6 * KL_STRIPE_BYTES + 4 * BAND_BYTES  # of an AutoencoderKL: stripes 
 _CONSTANT = 64 * 2**20  # what the libraries allocate at their first use
 _STRIPED = 128 * 2**20  # buffers of `codec.kernels`
 _TINY_SLACK = 1.25  # what the allocator cannot use of the memory between buffers
+_DC_MAPS = {"ResBlock": (3, 2), "EfficientViTBlock": (15, 13)}  # of a block's width at once: in the dtype, in float32
 _WHOLE_SLACK = 1.3  # copies in other layouts that the convolutions make
 
 
@@ -55,18 +56,20 @@ def estimate(
     n_pixels = (-(-height // f) * f) * (-(-width // f) * f)
     item_bytes = (dtype or next(model.network.parameters()).dtype).itemsize
     network: Any = model.network
-    if isinstance(network, AutoencoderKL):
-        coder = network.encoder if what == "encode" else network.decoder
+    coder = network.encoder if what == "encode" else network.decoder
+    if isinstance(network, plan.CLASSES):
         if tiled:
             return _kl_tiled(coder, f, n_pixels, item_bytes, budget_bytes)
         return _kl(network, coder, f, n_pixels, item_bytes)
+    if isinstance(network, VQModel | AutoencoderDC) and tiled:
+        raise ModelError(f"a {type(network).__name__} cannot be run in stripes")
     if isinstance(network, VQModel):
-        if tiled:
-            raise ModelError("a VQModel cannot be run in stripes")
-        return _kl(network, network.encoder if what == "encode" else network.decoder, f, n_pixels, item_bytes)
+        return _kl(network, coder, f, n_pixels, item_bytes)
+    if isinstance(network, AutoencoderDC):
+        return _dc(network, what, n_pixels, item_bytes)
     if not isinstance(network, AutoencoderTiny):
         raise ModelError(f"no estimate of the memory that a {type(network).__name__} needs")
-    layers = list((network.encoder if what == "encode" else network.decoder).layers)
+    layers = list(coder.layers)
     widest = max(layer.out_channels for layer in layers if isinstance(layer, torch.nn.Conv2d))
     whole = widest * n_pixels * item_bytes
     if tiled:
@@ -95,6 +98,19 @@ def _kl(network: Any, coder: torch.nn.Module, f: int, n_pixels: int, item_bytes:
     if fast.compute_dtype(network) is not None:  # it may run either way
         maps = max(maps, plan.striped_bytes(steps, n_pixels) + _STRIPED)
     return maps + 24 * n_pixels + _CONSTANT
+
+
+def _dc(network: Any, what: What, n_pixels: int, item_bytes: int) -> int:
+    """Count the maps of the blocks at each level; norms and attention compute in float32 whatever the others do."""
+    side = "encoder" if what == "encode" else "decoder"
+    config = network.config
+    widths, types = config[f"{side}_block_out_channels"], config[f"{side}_block_types"]
+    most = 0
+    for level, (width, n_layers) in enumerate(zip(widths, config[f"{side}_layers_per_block"], strict=True)):
+        narrow, wide = _DC_MAPS[types if isinstance(types, str) else types[level]]
+        held = narrow * item_bytes + wide * torch.float32.itemsize
+        most = max(most, bool(n_layers) * held * width * n_pixels // 4**level)
+    return most + 24 * n_pixels + _CONSTANT
 
 
 def for_maps(budget_bytes: int | None, n_pixels: int) -> int | None:

@@ -1,4 +1,4 @@
-"""What an `AutoencoderKL` does, as a list of steps that can be run stripe by stripe; what each step holds in memory.
+"""What an `AutoencoderKL` or a relative does, as a list of steps to run stripe by stripe; what each holds in memory.
 
     encoder: conv, (resnet.., down).., resnet, attention, resnet, out      decoder: conv, ..., (resnet.., up).., out
 
@@ -8,6 +8,7 @@ Only blocks that are known to be these steps are accepted (diffusers' default on
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderKLFlux2
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
@@ -16,6 +17,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from codec.errors import ModelError
+
+CLASSES = (AutoencoderKL, AutoencoderKLFlux2, AsymmetricAutoencoderKL)
+"""Networks of these steps; a mask, which the decoder of the last one can take, is no part of them."""
 
 Kind = Literal["conv", "resnet", "attention", "down", "up", "out"]
 

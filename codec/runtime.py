@@ -1,17 +1,19 @@
 """The codec as a Python object: `Codec.load(folder).encode(image) -> bytes`, `.decode(bytes) -> image`.
 
-image (H, W, 3) uint8 -> Engine: network -> z, raw -> Coder: indices, payload, container -> file bytes, and back
+    image (H, W, 3) uint8 -> Engine: network -> z, raw -> Coder: indices, payload, container -> file bytes, and back
+
+And the same networks' speed for others: `accelerate(pipeline)`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from codec import bitstream, model_folder, pictures
+from codec import bitstream, fast, model_folder, pictures
 from codec.coding import Coder, Settings
 from codec.engine import AUTO, Engine, EngineConfig
 from codec.errors import ModelError
@@ -19,6 +21,36 @@ from codec.latent_model import LatentModel
 from codec.model_folder import ModelFolder
 from codec.pictures import Picture
 from codec.regions import Region
+
+_PLACES = ("vae", "vqvae", "movq", "vqgan")  # what diffusers' pipelines call their autoencoders
+
+Pipeline = TypeVar("Pipeline")
+
+
+def accelerate(pipeline: Pipeline, dtype: torch.dtype | None = None, *, compile: bool = False) -> Pipeline:
+    """Make the autoencoder of a diffusers pipeline fast, in place; see `codec.fast.accelerate`.
+
+    What the pipeline sees of it stays: dtype, names and values of the weights, config, tiling and slicing.
+
+    Args:
+        pipeline: a pipeline with an autoencoder in `vae`, `vqvae`, `movq` or `vqgan`; or an autoencoder itself.
+        dtype: what is computed in; None = bfloat16 where the hardware multiplies it, else float32.
+        compile: see there.
+
+    Returns:
+        pipeline.
+
+    Raises:
+        ValueError: no autoencoder in it, one that cannot be accelerated, or a dtype that is not for its device.
+    """
+    network: Any = pipeline
+    if not isinstance(pipeline, torch.nn.Module):
+        found = [getattr(pipeline, name, None) for name in _PLACES]
+        network = next((part for part in found if isinstance(part, torch.nn.Module)), None)
+        if network is None:
+            raise ValueError(f"{type(pipeline).__name__}: no autoencoder in it, expected one of {', '.join(_PLACES)}")
+    fast.accelerate(network, dtype, compile=compile)
+    return pipeline
 
 
 class Codec:

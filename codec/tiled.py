@@ -5,9 +5,11 @@
 Neither the image nor any other map of 3 channels is ever whole in float. See `memory` for what it needs.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 
 from codec import memory, plan, tiled_kl, tiled_tiny
 from codec.errors import ModelError, NonFiniteError
@@ -83,7 +85,7 @@ def decode(
         height: H of the image.
         width: W of the image.
         region: (left, top, width, height); None: all of it. An `AutoencoderTiny` decodes only what the region needs;
-            an `AutoencoderKL` decodes the whole image, whose statistics every pixel depends on.
+            the others decode the whole image, whose statistics every pixel depends on.
         budget_bytes: what may be used beyond the loaded network, if it is possible with that (`memory.estimate`); with
             less, more is computed twice; the last bits may differ. None: as much as is fastest.
         dtype: what to compute in, but for the first and the last layers; None: the type of the network's weights.
@@ -125,9 +127,9 @@ def decode(
 
 def _encoded(model: LatentModel, image: np.ndarray, stripes: Stripes, budget_bytes: int | None) -> Rows:
     """Return the rows of the moments (KL) or the latents (Tiny) of an image."""
-    network = model.network
+    network: Any = model.network
     height, width = (-(-side // model.f) * model.f for side in image.shape[:2])
-    if isinstance(network, AutoencoderKL):
+    if isinstance(network, plan.CLASSES):
         steps = _steps(model, network.encoder, height * width, stripes, budget_bytes)
         rows = tiled_kl.run(steps, _pixels(image, model, stripes), height, stripes)
         if network.quant_conv is not None:
@@ -141,8 +143,9 @@ def _decoded(
     model: LatentModel, z: np.ndarray, region: Region, stripes: Stripes, budget_bytes: int | None
 ) -> tuple[int, int, Rows]:
     """Return the first row and column, and the rows, of an image that holds the region."""
-    network, f = model.network, model.f
-    if isinstance(network, AutoencoderKL):
+    network: Any = model.network
+    f = model.f
+    if isinstance(network, plan.CLASSES):
         steps = _steps(model, network.decoder, z[0].size * f * f, stripes, budget_bytes)
         rows = iter([_tensor(z, model)])
         if network.post_quant_conv is not None:
@@ -194,7 +197,7 @@ def _tensor(z: np.ndarray, model: LatentModel) -> torch.Tensor:
 
 def _stripes(model: LatentModel, dtype: torch.dtype | None, n_rows: int | None) -> Stripes:
     dtype = dtype or next(model.network.parameters()).dtype
-    size_bytes = KL_STRIPE_BYTES if isinstance(model.network, AutoencoderKL) else TINY_STRIPE_BYTES
+    size_bytes = KL_STRIPE_BYTES if isinstance(model.network, plan.CLASSES) else TINY_STRIPE_BYTES
     return Stripes(dtype=dtype, size_bytes=size_bytes, n_rows=n_rows)
 
 

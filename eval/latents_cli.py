@@ -55,8 +55,9 @@ def latents_command(
     engine = Engine.load(model, EngineConfig(device=device, dtype=dtype), launch.local, notes=note)
     check(engine.model, model, size)
     stated: Any = engine.model.network.config
-    if launch.index == 0 and stated.get("latents_mean"):
-        note(f"note: {model}: latents_mean and latents_std are not used: normalized is by scaling_factor alone")
+    if launch.index == 0 and not isinstance(engine.model.normalisation.scale, float):
+        names = "latents_mean and latents_std" if stated.get("latents_mean") else "bn.running_mean and bn.running_var"
+        note(f"note: {model}: {names} are not used: normalized is by one number for all channels")
     command = ["codec-eval", "latents", str(model), *(f"--data={path}" for path in data), f"--size={size}"]
     command += [f"--limit={limit}"] * bool(limit)
     command += [

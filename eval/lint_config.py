@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+
 from codec.errors import ModelError
-from codec.latent_model import ADAPTERS
 from eval.lint_findings import Findings
 
+_CLASSES = (AutoencoderKL, AutoencoderTiny, VQModel)  # their fields are known here
 SMALLEST_TILE = 128  # pixels; below, a tile sees too little of the image for its tone to agree with its neighbours'
 _LARGEST_TILE = 4096  # pixels; above, `enable_tiling` does nothing for any image that needs it
 _BLOCKS = {
@@ -40,10 +42,10 @@ def read_config(folder: Path, findings: Findings) -> dict[str, Any] | None:
 def network_class(config: Mapping[str, Any], findings: Findings) -> Any:
     """Return the diffusers class that a config names; None, and a finding, for a name that is missing or unknown."""
     name = config.get("_class_name")
-    for kind in ADAPTERS:
+    for kind in _CLASSES:
         if kind.__name__ == name:
             return kind
-    known = ", ".join(kind.__name__ for kind in ADAPTERS)
+    known = ", ".join(kind.__name__ for kind in _CLASSES)
     what = "is missing" if name is None else f"{name!r} is not a class that lint knows"
     findings.add("class", "_class_name", what, f"name the class that the weights are of; known are {known}")
     return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny, VQModel
 from torch.nn import functional
 
 from codec import fast, kernels, striped
@@ -298,13 +298,9 @@ def test_refused(make: Any, dtype: Any, message: str) -> None:
 
 
 def test_another_family_is_refused_and_left_alone() -> None:
-    network = AutoencoderDC(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), latent_channels=4, attention_head_dim=4,
-        encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
-    ).eval()  # fmt: skip
+    network = AutoencoderKLTemporalDecoder(block_out_channels=(32,), latent_channels=4).eval()
     kind = type(network.encoder)
-    with pytest.raises(ValueError, match=r"AutoencoderDC\.encoder is Encoder, expected"):
+    with pytest.raises(ValueError, match=r"AutoencoderKLTemporalDecoder\.decoder is TemporalDecoder, expected"):
         fast.accelerate(network)
     assert type(network.encoder) is kind
 
