@@ -9,6 +9,7 @@ repeated by every reader. Rules for names, which `train.streaming` shares:
   the first dot and take ".v1.2.jpg" for its kind. So "a.jpg" and "a.mask.png" are two images. Hidden files are not.
 - A key is the tar's name and the member's path without that extension; a key met twice in a tar gets "#2" behind it.
 - The class is the content of KEY.cls, or "class" in KEY.json, where KEY may also be cut at the first dot.
+- Asked for arrays, the samples are members *.npy in place of images, see `codec.arrays`; their index is another file.
 
 Must not import torch: the processes that read and decode images import this.
 """
@@ -18,12 +19,15 @@ import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Literal
 
-from codec import images
+from codec import arrays, images
 from codec.console import error, progress, stderr
 from codec.errors import ImageError, UsageError
 from codec.files import write_atomic
+
+Kind = Literal["image", "npy"]
+"""What the samples of a shard are."""
 
 VERSION = 1
 _MAX_LABEL_BYTES = 2**20
@@ -46,13 +50,15 @@ class StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged header: {exception}") from exception
 
 
-def image_name(name: str) -> tuple[str, str] | None:
+def image_name(name: str, kind: Kind = "image") -> tuple[str, str] | None:
     """Return (path without its last extension, that extension in lower case without dot) of a member that is an image.
 
-    None where the last extension is no image's, or the file is hidden (macOS puts a "._photo.jpg" beside each photo).
+    None where the last extension is no image's (or not .npy), or the file is hidden (macOS puts a "._photo.jpg" beside
+    each photo).
     """
     path = PurePosixPath(name)
-    if path.name.startswith(".") or path.suffix.lower() not in images.EXTENSIONS:
+    extensions = images.EXTENSIONS if kind == "image" else {arrays.EXTENSION}
+    if path.name.startswith(".") or path.suffix.lower() not in extensions:
         return None
     return str(path.with_suffix("")), path.suffix[1:].lower()
 
@@ -62,7 +68,7 @@ def list_shards(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if path.is_file() and not path.name.startswith("."))
 
 
-def scan_shards(tars: Sequence[Path], *, quiet: bool = False) -> list[dict[str, Any]]:
+def scan_shards(tars: Sequence[Path], *, quiet: bool = False, kind: Kind = "image") -> list[dict[str, Any]]:
     """Return the index of each tar: the one beside it, or a new one, which is then written there.
 
     Any number of processes may do this at once; all find the same.
@@ -70,6 +76,7 @@ def scan_shards(tars: Sequence[Path], *, quiet: bool = False) -> list[dict[str, 
     Args:
         tars: the shards, all of one folder.
         quiet: print nothing; else what cannot be used, and that an index cannot be written, is said on stderr.
+        kind: what the samples are.
 
     Returns:
         `version`, `shard` (file name), `size_bytes`, `mtime_ns`, `samples` (the fields of `codec.shards.SampleRef`
@@ -79,7 +86,7 @@ def scan_shards(tars: Sequence[Path], *, quiet: bool = False) -> list[dict[str, 
     Raises:
         UsageError: a tar cannot be read or is damaged in its middle.
     """
-    kept = {tar: _kept(tar) for tar in tars}
+    kept = {tar: _kept(tar, kind) for tar in tars}
     n_missing = sum(found is None for found in kept.values())
     unwritable = ""
     indices = []
@@ -87,29 +94,29 @@ def scan_shards(tars: Sequence[Path], *, quiet: bool = False) -> list[dict[str, 
         task = bar.add_task("scan of shards", total=n_missing)
         for tar, found in kept.items():
             if found is None:
-                found = _scan(tar)
+                found = _scan(tar, kind)
                 bar.advance(task)
                 try:
-                    write_atomic(_index_path(tar), (json.dumps(found, indent=1) + "\n").encode())
+                    write_atomic(_index_path(tar, kind), (json.dumps(found, indent=1) + "\n").encode())
                 except OSError as exception:
-                    unwritable = f"{_index_path(tar)}: {exception.strerror or exception}"
+                    unwritable = f"{_index_path(tar, kind)}: {exception.strerror or exception}"
             indices.append(found)
     if not quiet:
         for tar, found in zip(tars, indices, strict=True):
-            _say_what_is_lost(tar, found)
+            _say_what_is_lost(tar, found, kind)
         if unwritable:
             stderr.print(f"the index of the shards is kept in memory only; it cannot be written: {unwritable}")
     return indices
 
 
-def _index_path(tar: Path) -> Path:
-    return tar.with_name(f"{tar.name}.index.json")
+def _index_path(tar: Path, kind: Kind) -> Path:
+    return tar.with_name(f"{tar.name}.{'' if kind == 'image' else f'{kind}-'}index.json")
 
 
-def _kept(tar: Path) -> dict[str, Any] | None:
+def _kept(tar: Path, kind: Kind) -> dict[str, Any] | None:
     """The index beside a tar; None where there is none, or not one of this tar as it is now."""
     try:
-        found = json.loads(_index_path(tar).read_text("utf-8"))
+        found = json.loads(_index_path(tar, kind).read_text("utf-8"))
         now = tar.stat()
     except (OSError, ValueError):
         return None
@@ -119,21 +126,21 @@ def _kept(tar: Path) -> dict[str, Any] | None:
     return found if sound else None
 
 
-def _say_what_is_lost(tar: Path, index: dict[str, Any]) -> None:
+def _say_what_is_lost(tar: Path, index: dict[str, Any], kind: Kind) -> None:
     n_samples = len(index["samples"])
     if index["truncated"]:
         error(f"{tar}: truncated: {index['truncated']}; the {n_samples} whole images before that are used")
     if bad := index["bad"]:
         share, first = f"{len(bad)} of {n_samples + len(bad)}", ": ".join(bad[0])
-        error(f"{tar}: {share} images cannot be used, listed in {_index_path(tar).name}; the first: {first}")
+        error(f"{tar}: {share} images cannot be used, listed in {_index_path(tar, kind).name}; the first: {first}")
 
 
-def _scan(path: Path) -> dict[str, Any]:
+def _scan(path: Path, kind: Kind) -> dict[str, Any]:
     """Read a tar from end to end."""
     try:
         with path.open("rb") as file:
             before = path.stat()  # a tar that is still being written is then scanned again
-            scan = _Scan(path.stem)
+            scan = _Scan(path.stem, kind)
             try:
                 with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo) as tar:
                     for member in tar:
@@ -161,7 +168,7 @@ def _scan(path: Path) -> dict[str, Any]:
 class _Scan:
     """What has been found in one tar so far."""
 
-    def __init__(self, stem: str) -> None:
+    def __init__(self, stem: str, kind: Kind) -> None:
         self.samples: list[dict[str, Any]] = []
         self.member_keys: list[str] = []
         """Of each sample, without the tar's name."""
@@ -170,12 +177,13 @@ class _Scan:
         self.truncated = ""
         self.n_members = 0
         self._stem = stem
+        self._kind = kind
         self._taken: set[str] = set()
 
     def add(self, member: tarfile.TarInfo, file: IO[bytes]) -> None:
         """Take in one member of the tar, whose bytes are in `file`."""
         self.n_members += 1
-        named = image_name(member.name)
+        named = image_name(member.name, self._kind)
         if named is None:
             self._add_label(member, file)
             return
@@ -191,7 +199,10 @@ class _Scan:
             self.bad.append((key, f"truncated: {len(data)} of {member.size} bytes"))
             return
         try:
-            width, height = images.size(data, name="image")
+            if self._kind == "image":
+                width, height = images.size(data, name="image")
+            else:
+                height, width, _ = arrays.shape(data, name="image")
         except ImageError as exception:
             self.bad.append((key, str(exception).removeprefix("image: ")))
             return

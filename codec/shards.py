@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from codec.errors import ImageError, UsageError
-from codec.shard_scan import list_shards, scan_shards
+from codec.shard_scan import Kind, list_shards, scan_shards
 
 VERSION = 1
 MANIFEST = "shards.json"
@@ -42,7 +42,9 @@ class SampleRef:
         return f"{self.shard}/{self.key}.{self.ext}"
 
 
-def read_index(folder: Path, *, quiet: bool = False, max_bad_share: float = 1.0) -> list[SampleRef]:
+def read_index(
+    folder: Path, *, quiet: bool = False, max_bad_share: float = 1.0, kind: Kind = "image"
+) -> list[SampleRef]:
     """List all samples of a shard folder, in the order of shards and samples.
 
     A folder of tar files without a manifest is scanned once, from end to end, see `codec.shard_scan`. Where several
@@ -52,15 +54,18 @@ def read_index(folder: Path, *, quiet: bool = False, max_bad_share: float = 1.0)
         folder: holds the shards.
         quiet: print nothing; else images of a scanned folder that cannot be used are said on stderr.
         max_bad_share: of the images of a scanned folder, the largest share that may be unusable (ten always may).
+        kind: "npy" lists arrays in place of images; only in tar files without a manifest.
 
     Raises:
         UsageError: the folder is missing, holds no shards, no image or too many bad ones, is incomplete or damaged;
             says what to run.
     """
     command = f"codec-train shards SRC... -o {folder}"
+    if kind == "npy" and (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder}: shards of image files (it has {MANIFEST}); arrays are members *.npy of plain tars")
     if not (folder / MANIFEST).is_file():
         if tars := list_shards(folder):
-            return _scanned(folder, tars, quiet, max_bad_share)
+            return _scanned(folder, tars, quiet, max_bad_share, kind)
         what = "no shards here" if folder.is_dir() else "no such folder"
         raise UsageError(f"{folder}: {what} (neither {MANIFEST} nor *.tar); make them: {command}")
     manifest = read_json(folder / MANIFEST)
@@ -77,8 +82,8 @@ def read_index(folder: Path, *, quiet: bool = False, max_bad_share: float = 1.0)
     return refs
 
 
-def _scanned(folder: Path, tars: Sequence[Path], quiet: bool, max_bad_share: float) -> list[SampleRef]:
-    scans = list(scan_shards(tars, quiet=quiet))
+def _scanned(folder: Path, tars: Sequence[Path], quiet: bool, max_bad_share: float, kind: Kind) -> list[SampleRef]:
+    scans = list(scan_shards(tars, quiet=quiet, kind=kind))
     refs = [ref for found in scans for ref in _refs(folder, found)]
     bad = [reason for found in scans for reason in found["bad"]]
     if len(bad) > max(10, max_bad_share * (len(refs) + len(bad))):
@@ -88,7 +93,8 @@ def _scanned(folder: Path, tars: Sequence[Path], quiet: bool, max_bad_share: flo
             f"{max_bad_share:g}; the first: {key}: {reason}"
         )
     if not refs:
-        raise UsageError(f"{folder}: no readable image in any of the {len(tars)} tar files")
+        what = "image" if kind == "image" else "array (*.npy)"
+        raise UsageError(f"{folder}: no readable {what} in any of the {len(tars)} tar files")
     return refs
 
 

@@ -65,6 +65,7 @@ class Defect:
 
 
 TASK, ADVERSARY, TRAINER = "train/autoencoder.py", "train/adversary.py", "train/trainer.py"
+LATENT_TERMS = "train/latent_terms.py"
 LOSSES = "train/losses.py"
 TRAINED = "trained = [p for p in self.module.parameters() if p.requires_grad]"
 GAME = "tests/train/test_adversarial.py::"
@@ -99,7 +100,7 @@ DEFECTS = (
         "diffusers' train_autoencoderkl",
         (
             Plant("autoencoder", (
-                Edit(TASK, "carry=(target, outputs.x_hat.detach())", "carry=(target, outputs.x_hat)"),
+                Edit(TASK, "in (target, outputs.x_hat.detach()))", "in (target, outputs.x_hat))"),
             ), (f"{LEAK}[rounded=false]",), r"AssertionError: network\.encoder\."),
             Plant("discriminator", (
                 Edit(ADVERSARY, "with frozen(self.discriminator), step.autocast():", "with step.autocast():"),
@@ -117,8 +118,8 @@ DEFECTS = (
                      '            with torch.no_grad():\n                terms["perceptual"] ='),
             ), (f"{REACHES}[perceptual]",), "does not require grad"),
             Plant("detached", (
-                Edit(LOSSES, "self.perceptual(x, x_hat.float()).mean()",
-                     "(self.perceptual(x, x_hat.detach().float()).mean() + 0 * x_hat.sum())"),
+                Edit(LOSSES, "self.perceptual(x, x_hat).mean()",
+                     "(self.perceptual(x, x_hat.detach()).mean() + 0 * x_hat.sum())"),
             ), (f"{REACHES}[perceptual]", MOVES), r"assert largest > 1e-7|assert values\[-1\] < 0\.9 \* values\[0\]"),
         ),
     ),
@@ -196,8 +197,9 @@ DEFECTS = (
                 Edit(ADVERSARY, '(1 - decay) * values["d_fake"]', "(1 - decay) * self._own[1]"),
             ), (RANKS,), f"{DRIFTED} at step 5:"),
             Plant("moments", (
-                Edit(TASK, 'values["latent_moments"] =', 'values["latent_moments"] = self._own ='),
-                Edit(TASK, 'self._scale.update(*values["latent_moments"])', "self._scale.update(*self._own.tolist())"),
+                Edit("train/latent_terms.py", 'values["latent_moments"] =', 'values["latent_moments"] = self.own ='),
+                Edit(TASK, 'self._scale.update(*values["latent_moments"])',
+                     "self._scale.update(*self._latents.own.tolist())"),
             ), (RANKS,), f"{DRIFTED} at step 1:"),
         ),
     ),

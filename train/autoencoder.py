@@ -1,7 +1,7 @@
 """The autoencoder task: AutoencoderKL and AutoencoderTiny, which differ only inside the model.
 
     image -> AutoencoderModule -> x_hat -> reconstruction and adversarial terms -> gradients at x_hat -----+
-                               -> mean, log-variance, bits -> KL, rate, alignment -------------------------+-> backward
+                               -> mean, log-variance, bits -> `train.latent_terms` ------------------------+-> backward
 
 Each term between x and x_hat is differentiated once, as far as x_hat; their weighted sum then goes back through the
 networks in one pass. So every term's gradient is known, and the adaptive weight costs one layer instead of two more
@@ -25,22 +25,22 @@ from codec.pixels import to_float
 from codec.shards import SampleRef
 from train import draws as positions_draws
 from train.adversary import Adversary
+from train.channels import Channels
 from train.config import Config
 from train.data import share_of, whole_images
 from train.discriminator import build_discriminator
 from train.draws import LATENT_NOISE, PER_BATCH, PER_IMAGE, POSTERIOR, UNIFORM
 from train.export import export_model, load_discriminator_state
 from train.health import Monitor
-from train.latent_losses import FeatureAlignment, LatentScale, latent_moments
-from train.losses import ReconstructionLoss, kl_loss, kl_nats, kl_weight_in_ldm
+from train.latent_losses import LatentScale
+from train.latent_terms import LatentTerms
+from train.losses import ReconstructionLoss, kl_weight_in_ldm
 from train.module import AutoencoderModule, Draws, Outputs, compile_blocks
-from train.networks import build_network, check_teacher, checkpoint_activations, decoder_only, load_teacher
-from train.rate import RateModel, draw_quality, price
-from train.schedules import kl_factor, parse_moment
+from train.networks import build_network, checkpoint_activations, decoder_only
+from train.rate import RateModel, draw_quality
 from train.task import Step, Terms, Values
 from train.validation import estimated_rates, measure
 
-_LEAST_KL_RELIEF = 1 / 64
 _HEADROOM = 2.0**14
 _RATE_IMAGES = 16  # that a rate model's first steps and densities are fitted to
 
@@ -57,62 +57,54 @@ class AutoencoderTask:
         self._config = config
         self._training = training
         self._validation = validation
-        network = build_network(config.model)
+        self._image = Channels.of(config.model.image_channels, config.data.samples)
+        network = build_network(config.model, alpha=self._image.alpha)
         model = latent_model(network)
         self.f, self._channels = model.f, model.channels
         self._has_variance = model.family == "kl"
         self._last_layer = model.decoder_out
         self._decoder_only = decoder_only(config.model)
-        self._teacher: LatentModel | None = None
-        if config.model.teacher:
-            self._teacher = latent_model(load_teacher(Path(config.model.teacher)))
-            if model.family != "tiny":
-                raise UsageError(
-                    f"model.teacher: {config.model.init_from} is no AutoencoderTiny; only those are students"
-                )
-            check_teacher(self._teacher, model)
+        self._latents = LatentTerms(config, model, self._image)
         if config.run.gradient_checkpointing:
             checkpoint_activations(network)
         if config.run.channels_last:
             network.to(memory_format=torch.channels_last)
-        latents = config.latents
-        self._alignment = None
-        if latents.alignment_weight > 0:
-            self._alignment = FeatureAlignment(Path(latents.alignment), latents.alignment_margins)
+        alignment = self._latents.alignment
         rate = self._build_rate(model) if config.rate.probability > 0 else None
         self.module: nn.Module = AutoencoderModule(
             network,
             rate=rate,
-            projection=self._alignment.projection(self._channels) if self._alignment else None,
+            projection=alignment.projection(self._channels) if alignment else None,
             learned_scale=config.loss.learned_scale,
             frozen_encoder=self._decoder_only,
         )
-        self.loss = ReconstructionLoss(config.loss)
+        self.loss = ReconstructionLoss(config.loss, self._image)
         self.adversary = self._build_adversary() if config.adversarial.weight > 0 else None
         self.critic: nn.Module | None = self.adversary.discriminator if self.adversary else None
         self._monitor = Monitor(config.health, config.adversarial.adaptive_cap)
         self._scale = LatentScale()  # for the noise on normalized latents
-        self._kl_relief = 1.0  # what posterior collapse has multiplied the KL's weight by
 
     def _build_rate(self, model: LatentModel) -> RateModel:
         """Build steps and densities, fitted to what the encoder makes of a few training images now."""
         rate = RateModel(self._channels, self._config.rate.components)
         with torch.no_grad():
             side = max(self._config.data.sides)
-            pieces = [image for _, image in whole_images(self._training[:_RATE_IMAGES], side, self.f, bad=[])]
+            some, channels = self._training[:_RATE_IMAGES], self._image.count
+            pieces = [image for _, image in whole_images(some, side, self.f, bad=[], channels=channels)]
             found = [model.encode(to_float(image)[None]).mean.flatten(2) for image in pieces]
         if found:
             rate.initialize(torch.cat(found, dim=2)[..., None], self.f)
         return rate
 
     def _build_adversary(self) -> Adversary:
-        discriminator = build_discriminator(self._config.adversarial)
-        base = self._config.model.init_from
+        discriminator = build_discriminator(self._config.adversarial, self._image.judged_count)
+        base, self._has_warm_critic = self._config.model.init_from, False
         state = load_discriminator_state(Path(base)) if base else None
         if state is not None:  # released with the model: spares a cold start
             shapes = {name: tensor.shape for name, tensor in discriminator.state_dict().items()}
             if {name: tensor.shape for name, tensor in state.items()} == shapes:
                 discriminator.load_state_dict(state)
+                self._has_warm_critic = True
             else:
                 console.error(f"{base}/discriminator: of another shape than [adversarial] says; starting cold")
         if self._config.run.channels_last:
@@ -145,10 +137,7 @@ class AutoencoderTask:
     def to(self, device: torch.device) -> None:
         """Move the frozen networks; the loop moves `module` and `critic`."""
         self.loss.to(device)
-        if self._alignment is not None:
-            self._alignment.to(device)
-        if self._teacher is not None:
-            self._teacher.network.to(device)
+        self._latents.to(device)
 
     def compile(self) -> None:
         """torch.compile block by block, the decoder's last layer left out: gradients at its weight are read apart."""
@@ -169,9 +158,12 @@ class AutoencoderTask:
         )
         if config.model.init_from:
             network += f", from {Path(config.model.init_from).resolve().name}"
+        if not self._image.plain:
+            network += f"; images: {self._image.describe()}"
         out = {"network": network, "loss": self._describe_losses()}
-        if self._has_kl:
-            ldm = kl_weight_in_ldm(config.kl, config.loss.pixel_weight, max(config.data.sides), self.f, self._channels)
+        if self._latents.has_kl:
+            side, count = max(config.data.sides), self._image.count
+            ldm = kl_weight_in_ldm(config.kl, config.loss.pixel_weight, side, self.f, self._channels, count)
             out["kl"] = (
                 f"weight {config.kl.weight:g} per {config.kl.reduction}, {config.kl.schedule}; {ldm:.3g} in LDM's "
                 "convention (sums over pixels and latents)"
@@ -180,28 +172,19 @@ class AutoencoderTask:
             adversarial = config.adversarial
             out["discriminator"] = (
                 f"{sum(p.numel() for p in self.adversary.discriminator.parameters()) / 1e6:.2f} M parameters, "
-                f"{adversarial.loss}, weight {adversarial.weight:g}{', adaptive' if adversarial.adaptive else ''}; "
+                f"{adversarial.loss}, weight {adversarial.weight:g}{', adaptive' if adversarial.adaptive else ''}, "
+                f"{'of the base' if self._has_warm_critic else 'from random weights'}; "
                 f"warm-up from {adversarial.start} for {adversarial.warmup}, ramp {adversarial.ramp}"
             )
         return out
 
     def _describe_losses(self) -> str:
         config = self._config
-        terms = [self.loss.describe()]
-        if self._has_kl:
-            terms.append(f"{config.kl.weight:g} KL nats/{config.kl.reduction}")
-        if config.rate.probability > 0:
-            terms.append(f"{config.rate.weight:g} bpp (at q 0)")
+        terms = [self.loss.describe(), *self._latents.describe()]
         if self.adversary is not None:
             terms.append(f"{config.adversarial.weight:g} adversarial ({config.adversarial.loss})")
-        if self._alignment is not None:
-            terms.append(f"{config.latents.alignment_weight:g} alignment")
         missing = self.loss.perceptual is None
         return " + ".join(terms) + (f" (perceptual: n/a, {self.loss.why_not_perceptual})" if missing else "")
-
-    @property
-    def _has_kl(self) -> bool:
-        return self._config.kl.weight > 0 and not self._decoder_only and self._has_variance
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return the trainable parameters; steps and densities of the rate have a rate of their own."""
@@ -223,9 +206,10 @@ class AutoencoderTask:
         with step.autocast():
             outputs: Outputs = module(x, draws)
         target = x if draws.transform is None else draws.transform.image(x, self.f)
+        background = self._image.draw_background(step.seed, step.positions)
         # From here on float32. The leaf takes each term's gradient apart; nothing reaches the networks before backward.
         leaf = outputs.x_hat.detach().requires_grad_()
-        terms = self.loss(target, leaf)
+        terms = self.loss(target, leaf, background)
         gradients = {name: torch.autograd.grad(term, leaf)[0] for name, term in terms.items()}
         values: dict[str, torch.Tensor] = {name: term.detach() for name, term in terms.items()}
         reconstruction = torch.stack(list(values.values())).sum()
@@ -238,7 +222,7 @@ class AutoencoderTask:
             values["log_scale"] = outputs.log_scale.detach()
         total = reconstruction if outputs.log_scale is None else objective.detach()
         if self.adversary is not None and self.adversary.plays(step):
-            term = self.adversary.generator_term(leaf, step)
+            term = self.adversary.generator_term(self._image.judged(leaf, background), step)
             (gradient,) = torch.autograd.grad(term, leaf)
             if self._config.adversarial.adaptive:
                 self.adversary.remember(*self._at_last_layer(outputs.x_hat, at_x_hat, gradient))
@@ -248,7 +232,7 @@ class AutoencoderTask:
             values["adversarial"] = weight * term.detach()
             total = total + values["adversarial"]
         objective = objective + (outputs.x_hat * at_x_hat).sum()
-        for name, term in self._latent_terms(outputs, x, draws, step, values).items():
+        for name, term in self._latents.terms(outputs, x, draws, step, values).items():
             if term.requires_grad:
                 if outputs.mean.requires_grad:
                     (gradient,) = torch.autograd.grad(term, outputs.mean, retain_graph=True, allow_unused=True)
@@ -257,45 +241,14 @@ class AutoencoderTask:
             values[name] = term.detach()
             total = total + values[name]
         values |= {f"grad_{name}": gradient.norm() for name, gradient in gradients.items()}
-        return Terms(objective, {"loss": total, **values}, carry=(target, outputs.x_hat.detach()))
+        judged = tuple(self._image.judged(image, background) for image in (target, outputs.x_hat.detach()))
+        return Terms(objective, {"loss": total, **values}, carry=judged)
 
     def _at_last_layer(self, x_hat: torch.Tensor, *gradients: torch.Tensor) -> list[torch.Tensor]:
         """Return the gradients at the decoder's last weight that belong to gradients at x_hat."""
         weight = self._last_layer.get_parameter("weight")
         # Only their ratio counts: enlarged, so that fp16 can hold what is left of a mean over many pixels.
         return [torch.autograd.grad(x_hat, weight, _HEADROOM * g, retain_graph=True)[0] for g in gradients]
-
-    def _latent_terms(
-        self, outputs: Outputs, x: torch.Tensor, draws: Draws, step: Step, values: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Return the weighted terms on the latents, and add what they tell to `values`."""
-        config = self._config
-        terms: dict[str, torch.Tensor] = {}
-        n_pixels, n_positions = x.shape[-2] * x.shape[-1], outputs.mean.shape[-2] * outputs.mean.shape[-1]
-        values["latent_moments"] = latent_moments(outputs.mean)
-        if outputs.logvar is not None:
-            per_channel = kl_nats(outputs.mean, outputs.logvar)
-            per_pixel = per_channel.detach().sum() * n_positions / n_pixels
-            values["kl_nats_per_pixel"], values["kl_bits_per_pixel"] = per_pixel, per_pixel / np.log(2)
-            values["kl_per_channel"] = per_channel.detach()
-            values["active_channels"] = (per_channel.detach() > config.health.active_nats).float().sum()
-            if self._has_kl:
-                ramp = parse_moment(config.kl.ramp)
-                factor = kl_factor(
-                    config.kl.schedule, ramp, config.kl.cycles, config.kl.cycle_ramp, step.images, step.share
-                )
-                terms["kl"] = self._kl_relief * kl_loss(per_channel, config.kl, n_pixels, n_positions, factor)
-        if outputs.bits is not None:
-            assert draws.quality is not None
-            assert draws.coded is not None
-            bpp = outputs.bits / n_pixels
-            values["bpp"] = bpp.detach().mean()
-            terms["rate"] = (draws.coded * price(draws.quality, config.rate) * bpp).mean()
-        if draws.teacher_latents is not None:
-            terms["teacher"] = config.model.teacher_weight * (outputs.mean - draws.teacher_latents).square().mean()
-        if self._alignment is not None and outputs.projected is not None:
-            terms["alignment"] = config.latents.alignment_weight * self._alignment(outputs.mean, outputs.projected, x)
-        return terms
 
     def _draw(self, x: torch.Tensor, step: Step) -> Draws:
         """Draw what is random in one forward pass from (seed, position)."""
@@ -318,10 +271,7 @@ class AutoencoderTask:
             rng = positions_draws.rng(seed, PER_BATCH, at[0])
             if rng.random() < config.latents.equivariance:
                 out["transform"] = LatentTransform.draw(rng, height, width, self.f, self._smallest_side())
-        if self._teacher is not None:
-            with torch.no_grad(), step.autocast():
-                z = self._teacher.encode(x).mean
-            out["teacher_latents"] = (z - self._teacher.shift_factor) * self._teacher.scaling_factor
+        out["teacher_latents"] = self._latents.teacher_latents(x, step)
         return Draws(**out)
 
     def critic_step(self, critic: nn.Module, batch: Mapping[str, Any], carry: Any, step: Step) -> Terms | None:
@@ -345,9 +295,8 @@ class AutoencoderTask:
             elif self._config.health.act and symptom == "collapsed discriminator" and self.adversary is not None:
                 self.adversary.rewarm(step)
                 done = "the adversarial weight goes to 0 and the discriminator warms up again"
-            elif self._config.health.act and symptom == "posterior collapse" and self._has_kl:
-                self._kl_relief = max(_LEAST_KL_RELIEF, self._kl_relief / 2)
-                done = f"the KL's weight is now {self._kl_relief:g} of the recipe's"
+            elif self._config.health.act and symptom == "posterior collapse" and self._latents.has_kl:
+                done = f"the KL's weight is now {self._latents.relieve():g} of the recipe's"
             lines.append(f"{text}; {done}")
         return lines
 
@@ -367,7 +316,7 @@ class AutoencoderTask:
         return {
             "adversary": self.adversary.state_dict() if self.adversary else None,
             "monitor": self._monitor.state_dict(),
-            "kl_relief": self._kl_relief,
+            "kl_relief": self._latents.kl_relief,
             "scale": asdict(self._scale),
         }
 
@@ -376,7 +325,7 @@ class AutoencoderTask:
         if self.adversary is not None and state["adversary"] is not None:
             self.adversary.load_state_dict(state["adversary"])
         self._monitor.load_state_dict(state["monitor"])
-        self._kl_relief = state["kl_relief"]
+        self._latents.kl_relief = state["kl_relief"]
         self._scale = LatentScale(**state["scale"])
 
     def evaluate(

@@ -133,12 +133,19 @@ def comparable(config: Config, shards: str) -> tuple[Config, dict[str, Any]]:
     if config.run.precision == "fp16":
         raise UsageError("run.precision = fp16: the plain loop has no loss scaling; compare with bf16 or no")
     changes: dict[str, dict[str, Any]] = {
-        "model": {"teacher": ""} | ({"trainable": "all"} if decoder_only(config.model) else {}),
-        "data": {"mode": "indexed", "crops": (), "final_crop": 0, "aspect_buckets": 0, "cache_mb": 0.0},
+        "model": {"teacher": "", "image_channels": 3} | ({"trainable": "all"} if decoder_only(config.model) else {}),
+        "data": {
+            "mode": "indexed",
+            "samples": "image",
+            "crops": (),
+            "final_crop": 0,
+            "aspect_buckets": 0,
+            "cache_mb": 0.0,
+        },
         "loss": {"pixel": config.loss.pixel if config.loss.pixel in ("l1", "l2") else "l1", "learned_scale": False},
         "kl": {"schedule": "constant", "free_bits": 0.0},
         "adversarial": {"weight": config.adversarial.weight or 0.5, "r1_weight": 0.0, "lecam_weight": 0.0},
-        "latents": {"equivariance": 0.0, "noise": 0.0, "alignment_weight": 0.0},
+        "latents": {"equivariance": 0.0, "noise": 0.0, "alignment_weight": 0.0, "anchor_weight": 0.0},
         "rate": {"probability": 0.0},
         "optim": {"accumulate": 1},
     }
@@ -217,7 +224,8 @@ class Bench:
         self.say(f"throughput: {setting}, batch {batch_size}")
         trainer = self._trainer(setting, batch_size)
         device = trainer.device
-        (batch,) = random_batches(trainer.config, 1)
+        optim = replace(self.config.optim, batch_size=batch_size)
+        (batch,) = random_batches(replace(self.config, optim=optim), 1)
         batches = itertools.repeat({**batch, "image": batch["image"].to(device)})
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -1,13 +1,24 @@
-"""The model card: README.md of a model folder, generated from what was measured."""
+"""The model card of a trained model: README.md of its folder, generated from what was measured.
+
+`train.card_sections` adds what changes later: where the model loads, its preview, its files.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from codec.statistics import LatentSummary
+from train.card_sections import licence_id, licence_lines
+from train.channels import Channels
 from train.config import Config
-from train.networks import decoder_only
+from train.drift import drift_lines
+from train.networks import decoder_only, keeps_latents
 
+_COMMANDS = [
+    "    codec encode photos -o coded -m THIS_FOLDER -q 50",
+    "    codec decode coded -o decoded -m THIS_FOLDER",
+    "",
+]
 # What a diffusers class calls the latents without noise in the answer of `encode`.
 _MODE = {"AutoencoderKL": "latent_dist.mode()", "AutoencoderTiny": "latents"}
 
@@ -19,7 +30,6 @@ def model_card(
     summary: LatentSummary,
     figures: Mapping[str, Any],
     *,
-    largest_activation: float,
     kept: bool,
 ) -> str:
     """Return the card as Markdown.
@@ -30,7 +40,6 @@ def model_card(
         network: what was exported.
         summary: latent statistics on training images.
         figures: what `train.export` measured on held-out images.
-        largest_activation: the largest magnitude inside the network on training images.
         kept: whether scaling_factor and shift_factor are another model's, not measured.
     """
     record = info["training"]
@@ -38,6 +47,11 @@ def model_card(
     data = config.data
     crops = " or ".join(map(str, data.crops or (data.crop,))) + (f", then {data.final_crop}" if data.final_crop else "")
     lines = [
+        "---",
+        "library_name: diffusers",
+        f"license: {licence_id(config.export.licence)}",
+        "---",
+        "",
         f"# {info['name']}",
         "",
         f"`diffusers.{kind}`, f{info['f']}, {info['latent_channels']} latent channels, widths "
@@ -50,15 +64,14 @@ def model_card(
         "x_hat = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample  # x in [-1, 1]",
         "```",
         "",
-        "    codec encode photos -o coded -m THIS_FOLDER -q 50",
-        "    codec decode coded -o decoded -m THIS_FOLDER",
-        "",
+        *(_COMMANDS if network.config.in_channels == 3 else []),
         "## Training",
         "",
         f"- data: {record['data']}; licence: {config.export.data_licence or 'not stated'}",
         f"- {record.get('images_seen', 'n/a')} images seen in {record.get('steps', 'n/a')} steps, "
         f"{record.get('time_s', 0) / 60:.1f} minutes; crops of {crops} pixels",
         f"- {_start(config)}",
+        *_images(config),
         f"- loss: {record.get('losses', 'n/a')}" + ("" if config.adversarial.weight else "; no discriminator"),
         f"- AdamW, lr {config.optim.lr:g}, {config.optim.schedule}; these are the averaged weights (EMA "
         f"{config.optim.ema_decay:g} per step)",
@@ -67,11 +80,10 @@ def model_card(
         "## Latents",
         "",
         *_latents(info, summary, kept),
-        f"- largest activation {largest_activation:.1f}; `force_upcast` is "
-        "set when it is beyond a quarter of what float16 can hold",
         "",
         *_channels(summary),
         "",
+        *(["## Drift", "", *drift_lines(figures["drift"]), ""] if "drift" in figures else []),
     ]
     if "by_quality" in figures:
         lines += [
@@ -94,6 +106,10 @@ def model_card(
         "",
         "Lossy: faces, lettering and fine repeated structure can change. Not for documents or medical images.",
         "",
+        "## Licence",
+        "",
+        *licence_lines(config.export.licence, config.export.data_licence, _last_parts(config.model.init_from)),
+        "",
     ]
     return "\n".join(lines)
 
@@ -106,6 +122,21 @@ def _start(config: Config) -> str:
         return f"from random weights{taught}"
     frozen = "the decoder alone: encoder and latents are the base's" if decoder_only(model) else "all of it"
     return f"from {_last_parts(model.init_from)}, {frozen}{taught}"
+
+
+def _images(config: Config) -> list[str]:
+    """Say what the channels of the images are, where they are not RGB."""
+    channels = Channels.of(config.model.image_channels, config.data.samples)
+    return [] if channels.plain else [f"- images of {channels.count} channels: {channels.describe()}, in [-1, 1]"]
+
+
+def latents_of(config: Config) -> str:
+    """Return the name of the model whose latents these are meant to be; "" where they are the model's own."""
+    model = config.model
+    if not keeps_latents(model, config.latents):
+        return ""
+    anchor = config.latents.anchor if config.latents.anchor_weight > 0 else ""
+    return _last_parts(model.teacher or anchor or model.init_from)
 
 
 def _last_parts(folder: str) -> str:
@@ -127,9 +158,10 @@ def _latents(info: Mapping[str, Any], summary: LatentSummary, kept: bool) -> lis
             f"{summary.global_std * factor:.4f}"
         )
     else:
+        reason = " = mean over all channels" if shift else f": they have mean {summary.global_mean * factor:.4f} then"
         lines.append(
             f"- `scaling_factor` {factor:.6g} = 1 / standard deviation over all channels; "
-            f"`shift_factor` {shift:.6g} = mean over all channels"
+            f"`shift_factor` {shift:.6g}{reason}"
         )
     if not summary.posterior_std.any():
         return [*lines, "- no variance: the encoder gives one latent, not a distribution"]

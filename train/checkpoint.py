@@ -104,7 +104,8 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError as exception:
         raise UsageError(f"{path}: no such checkpoint") from exception
     except Exception as exception:  # torch.load raises many types for damaged files
-        raise UsageError(f"{path}: not a sound checkpoint: {str(exception).splitlines()[0]}") from exception
+        reason = str(exception) or type(exception).__name__  # an empty file's EOFError says nothing
+        raise UsageError(f"{path}: not a sound checkpoint: {reason.splitlines()[0]}") from exception
     if version != VERSION:
         raise UsageError(f"{path}: a checkpoint of version {version}, expected {VERSION}")
     return state

@@ -16,11 +16,14 @@ class ModelConfig:
     init_from: str = ""
     """Folder of a diffusers autoencoder to start from; it decides family, widths and so on. Empty = from scratch."""
     trainable: Literal["auto", "all", "decoder"] = "auto"
-    """decoder: encoder and latents stay as they are; auto: decoder with init_from, else all."""
+    """decoder: encoder and latents stay as they are; auto: decoder with init_from and 3 image_channels, else all."""
     teacher: str = ""
     """Folder of a diffusers autoencoder whose latents an AutoencoderTiny learns (distillation); empty = none."""
     teacher_weight: float = 1.0
     """Weight of the squared error (mean over B, D, h, w) of the latents against the teacher's normalized ones."""
+    image_channels: int = 3
+    """C of the images: 3; 4 = RGBA; with data.samples npy any number of bands from 3 on. More channels than the network
+    of init_from has are added to its first and last convolution, so that its latents do not change."""
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     """Widths from full resolution down; f = 2^(number of widths - 1)."""
     layers_per_block: int = 2
@@ -64,6 +67,14 @@ class ModelConfig:
             )
         require(self.layers_per_block >= 1, "model.layers_per_block", self.layers_per_block, ">= 1")
         require(self.latent_channels >= 1, "model.latent_channels", self.latent_channels, ">= 1")
+        require(self.image_channels >= 3, "model.image_channels", self.image_channels, ">= 3")
+
+    @property
+    def decoder_only(self) -> bool:
+        """Whether the encoder stays as it is: `trainable`, resolved. A student learns its encoder too, and so does a
+        network that is to see more than the three channels of its base."""
+        chosen = self.init_from != "" and self.teacher == "" and self.image_channels == 3
+        return self.trainable == "decoder" or (self.trainable == "auto" and chosen)
 
     @property
     def f(self) -> int:
@@ -81,6 +92,8 @@ class DataConfig:
     shards: str = ""
     """indexed: folder of tar shards (`codec-train shards` writes one; a missing index is built by one scan).
     streaming: webdataset URLs, e.g. "https://host/{000..127}.tar" or "pipe:...", braces expanded."""
+    samples: Literal["image", "npy"] = "image"
+    """image: image files; npy: arrays (H, W, model.image_channels) uint8, members *.npy of indexed tar shards."""
     local_shards: str = ""
     """streaming: folder of indexed shards that validation and the export's statistics are taken from."""
     shuffle_buffer: int = 2000
@@ -188,8 +201,13 @@ class ExportConfig:
 
     name: str = ""
     """Short name of the model; empty = the run folder's name."""
+    licence: str = ""
+    """Licence of the weights, for the model card, e.g. apache-2.0; empty = the card says that none is granted."""
     data_licence: str = ""
     """Licence of the training images, for the model card; empty = the card says that it is not stated."""
+    formats: tuple[Literal["single-file", "fp16", "onnx"], ...] = ("single-file",)
+    """What to write beside diffusers' float32 folder; what the network does not permit is left out, and the card says
+    why. Any of them can be had later: `codec-train export RUN/model`."""
     statistics_images: int = 400
     """Training images that latent statistics and entropy tables are measured on, whole (largest side 1024 pixels)."""
 
@@ -285,6 +303,8 @@ class Config:
 
     def _check_across(self) -> None:
         model, adversarial = self.model, self.adversarial
+        self._check_image_channels()
+        self._check_anchor()
         if model.teacher:
             require(self.rate.probability == 0, "rate.probability", self.rate.probability, "0 with model.teacher")
             require(model.trainable != "decoder", "model.trainable", model.trainable, "all or auto with model.teacher")
@@ -292,6 +312,23 @@ class Config:
             require(self.data.n_validation > 0, "data.n_validation", 0, '> 0 with adversarial.start = "auto"')
             every, whole = self.run.validate_every, self.run.n_images
             require(every < whole, "run.validate_every", every, f"< run.n_images = {whole} with adversarial.start auto")
+
+    def _check_image_channels(self) -> None:
+        count, data = self.model.image_channels, self.data
+        if data.samples == "image":
+            require(count in (3, 4), "model.image_channels", count, "3 or 4 (RGBA) with data.samples image")
+        if count != 3 or data.samples == "npy":
+            why = f"with model.image_channels {count} and data.samples {data.samples}"
+            require(data.mode == "indexed", "data.mode", data.mode, f"indexed {why}")
+            require(self.model.teacher == "", "model.teacher", self.model.teacher, f"empty {why}")
+
+    def _check_anchor(self) -> None:
+        model, latents = self.model, self.latents
+        if latents.anchor_weight > 0:
+            require(
+                not model.decoder_only, "latents.anchor_weight", latents.anchor_weight, "0: the encoder stays as it is"
+            )
+            require(model.teacher == "", "latents.anchor_weight", latents.anchor_weight, "0 with model.teacher")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

@@ -1,27 +1,29 @@
-"""From an image to the piece that a network sees, (h, w, 3) uint8. Must not import torch.
+"""From an image to the piece that a network sees, (h, w, C) uint8. Must not import torch.
 
-Random pieces are cut out of Pillow images: only what is cut out becomes an array.
+Random pieces are cut out of Pillow images (or `train.samples.Bands`): only what is cut out becomes an array.
 """
 
 import numpy as np
 from PIL import Image
 
+from train.samples import Bands, Picture
+
 _LONGEST = 8  # an image that has to be enlarged is cut to this many times its short side
 _REDUCING_GAP = 3.0  # Pillow may halve an image first where that leaves 3 times the final size: much faster, as good
 
 
-def random_crop(image: Image.Image, side: int, rng: np.random.Generator, largest: float = 1.0) -> np.ndarray:
+def random_crop(image: Picture, side: int, rng: np.random.Generator, largest: float = 1.0) -> np.ndarray:
     """Cut a square out of an image, at random; an image smaller than that is enlarged first (Lanczos).
 
     Args:
-        image: RGB.
+        image: of C channels.
         side: pixels of the result.
         rng: decides where, and how large.
         largest: the square is up to this many times larger than the result (log-uniform, as far as the image has
             room) and is then reduced (Lanczos); 1 cuts pixels as they are.
 
     Returns:
-        (side, side, 3) uint8.
+        (side, side, C) uint8.
     """
     image = _at_least(image, side)
     width, height = image.size
@@ -33,11 +35,11 @@ def random_crop(image: Image.Image, side: int, rng: np.random.Generator, largest
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-def cover_crop(image: Image.Image, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+def cover_crop(image: Picture, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Resize an image until it just covers (height, width), and cut off what stands over, at random (Lanczos).
 
     Returns:
-        (height, width, 3) uint8.
+        (height, width, C) uint8.
     """
     return _resized_piece(image, height, width, min(image.height / height, image.width / width), rng)
 
@@ -50,13 +52,14 @@ def mirrored(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def centre_crop(image: np.ndarray, side: int, multiple: int) -> np.ndarray:
     """Cut the middle of an image: sides at most `side`, multiples of `multiple` (small images are enlarged to one)."""
     if min(image.shape[:2]) < multiple:
-        image = np.asarray(_at_least(Image.fromarray(image), multiple))
+        picture = Image.fromarray(image) if image.shape[2] == 3 else Bands(image)
+        image = np.asarray(_at_least(picture, multiple))
     height, width = (min(side, n) // multiple * multiple for n in image.shape[:2])
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
     return image[top : top + height, left : left + width]
 
 
-def _at_least(image: Image.Image, side: int) -> Image.Image:
+def _at_least(image: Picture, side: int) -> Picture:
     if min(image.size) >= side:
         return image
     longest = _LONGEST * min(image.size)  # enlarging a hair-thin strip would fill the memory
@@ -66,7 +69,7 @@ def _at_least(image: Image.Image, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _resized_piece(image: Image.Image, height: int, width: int, times: float, rng: np.random.Generator) -> np.ndarray:
+def _resized_piece(image: Picture, height: int, width: int, times: float, rng: np.random.Generator) -> np.ndarray:
     """Cut out a random piece of `times` (height, width) pixels, not whole ones, and resize it to (height, width)."""
     y0, y1 = _interval(image.height, height * times, rng)
     x0, x1 = _interval(image.width, width * times, rng)

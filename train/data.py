@@ -1,6 +1,6 @@
 """Training and validation images out of indexed shards.
 
-    shards + index -> SampleSequence(position k) -> image -> crop, mirror -> {"image": (3, H, W) in [-1, 1], "key": str}
+    shards + index -> SampleSequence(position k) -> image -> crop, mirror -> {"image": (C, H, W) in [-1, 1], "key": str}
 
 What stands at position k of a run is a pure function of (seed, k): neither ranks nor workers change the sequence, and
 a run is resumed by its position alone. Where the shape of a batch varies it is a function of (seed, k // batch_size).
@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from codec import images
 from codec.errors import ImageError, UsageError
 from codec.pixels import to_float
-from codec.shards import SampleRef, read_sample
+from codec.shards import SampleRef
 from train.bad_samples import BadSample, bad_sample
 from train.config import DataConfig
 from train.crops import centre_crop, cover_crop, mirrored, random_crop
 from train.order import bucket_ratios, bucket_shape, epoch_batches, epoch_order, nearest_bucket
+from train.samples import Picture, finished, load_array, load_picture
 from train.signals import leave_to_the_run
 
 _ORDER, _PIECE, _SIDE = 0, 1, 3  # which numbers are drawn with a seed; 2 is the trainer's noise
@@ -53,7 +52,14 @@ class SampleSequence(Dataset[dict[str, Any]]):
     """The endless sequence of training samples, addressed by position."""
 
     def __init__(
-        self, samples: Sequence[SampleRef], config: DataConfig, seed: int, *, batch_size: int = 1, multiple: int = 1
+        self,
+        samples: Sequence[SampleRef],
+        config: DataConfig,
+        seed: int,
+        *,
+        batch_size: int = 1,
+        multiple: int = 1,
+        channels: int = 3,
     ) -> None:
         """Lay out the sequence; nothing is read yet.
 
@@ -64,13 +70,15 @@ class SampleSequence(Dataset[dict[str, Any]]):
             batch_size: B of one rank; so many samples from a multiple of it on have one shape. Matters only with
                 `crops` or `aspect_buckets`.
             multiple: f; sides of the buckets' shapes are multiples of it.
+            channels: C of the images, see `train.samples.load_picture`.
         """
         self.config = config
         self.samples = list(samples)
         self.batch_size = batch_size
         self._seed = seed
         self._multiple = multiple
-        self._cache: dict[tuple[Path, int], Image.Image] = {}
+        self._channels = channels
+        self._cache: dict[tuple[Path, int], Picture] = {}
         self._cached_bytes = [0]  # a list: shared by copies, as the cache is
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -101,7 +109,7 @@ class SampleSequence(Dataset[dict[str, Any]]):
         return self._final
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Return image (3, H, W) float32 in [-1, 1], key, and the `BadSample`s met on the way.
+        """Return image (C, H, W) float32 in [-1, 1], key, and the `BadSample`s met on the way.
 
         An unreadable sample keeps its position: its replacement is drawn from (seed, position) too.
 
@@ -124,6 +132,7 @@ class SampleSequence(Dataset[dict[str, Any]]):
                 crop = random_crop(image, width, rng, self.config.random_resize)
             else:
                 crop = cover_crop(image, height, width, rng)
+            crop = finished(crop, image)
             crop = mirrored(crop, rng) if self.config.flip else crop
             return {"image": to_float(crop), "key": sample.key, "bad": bad}
         raise UsageError(f"{_REPLACEMENTS} unreadable samples in a row; the first: {bad[0].key}: {bad[0].reason}")
@@ -141,13 +150,13 @@ class SampleSequence(Dataset[dict[str, Any]]):
                 "data.crops and data.aspect_buckets give each batch a shape; resume with the same optim.batch_size"
             )
 
-    def _load(self, sample: SampleRef) -> Image.Image:
+    def _load(self, sample: SampleRef) -> Picture:
         """Decode a sample, or take it from the cache, which fills once: in a random order nothing is worth evicting."""
         place = (sample.shard, sample.offset)
         image = self._cache.get(place)
         if image is None:
-            image = images.load_picture(read_sample(sample), name=sample.name)
-            n_bytes = 4 * image.width * image.height  # Pillow's RGB
+            image = load_picture(sample, self._channels)
+            n_bytes = max(4, self._channels) * image.width * image.height  # 4: Pillow's RGB
             if self._cached_bytes[0] + n_bytes <= self.config.cache_mb * 1e6:
                 self._cache[place] = image
                 self._cached_bytes[0] += n_bytes
@@ -207,7 +216,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def batches(
     sequence: SampleSequence, batch_size: int, workers: int, *, rank: int = 0, n_ranks: int = 1, start: int = 0
 ) -> DataLoader[dict[str, Any]]:
-    """Return an endless loader of {"image": (B, 3, H, W), "key": [...], "bad": [BadSample, ...]} for one rank.
+    """Return an endless loader of {"image": (B, C, H, W), "key": [...], "bad": [BadSample, ...]} for one rank.
 
     Args:
         sequence: what to read.
@@ -236,22 +245,29 @@ def batches(
 
 
 def whole_images(
-    samples: Sequence[SampleRef], side: int, multiple: int, bad: list[tuple[str, str]] | None = None
+    samples: Sequence[SampleRef],
+    side: int,
+    multiple: int,
+    bad: list[tuple[str, str]] | None = None,
+    channels: int = 3,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (key, image) of each sample once, centre-cropped to at most `side` pixels a side, multiples of `multiple`.
+
+    Images are (H, W, C) uint8.
 
     Args:
         samples: what to read.
         side: pixels.
         multiple: pixels; f.
         bad: takes (key, reason) of each sample that cannot be read, which is then left out; None raises instead.
+        channels: C, see `train.samples.load_picture`.
 
     Raises:
         ImageError: a sample cannot be read, and `bad` is None.
     """
     for sample in samples:
         try:
-            image = images.load(read_sample(sample), name=sample.name)
+            image = load_array(sample, channels)
         except ImageError as exception:
             if bad is None:
                 raise

@@ -1,6 +1,6 @@
 """The patch discriminator and the losses of the adversarial game.
 
-    x (B, 3, H, W) in [-1, 1] -> stride-2 convolutions -> logits (B, 1, h', w'): one judgement per overlapping patch
+    x (B, C, H, W) in [-1, 1] -> stride-2 convolutions -> logits (B, 1, h', w'): one judgement per overlapping patch
 
 GroupNorm or spectral norm, never BatchNorm, whose statistics would mix images and differ between ranks.
 """
@@ -23,18 +23,20 @@ class PatchDiscriminator(nn.Module):
         config: what rebuilds it, as plain JSON values.
     """
 
-    def __init__(self, channels: int = 64, layers: int = 3, norm: str = "group") -> None:
+    def __init__(self, channels: int = 64, layers: int = 3, norm: str = "group", image_channels: int = 3) -> None:
         """Build it with normal(0, 0.02) weights.
 
         Args:
             channels: width of the first layer; doubles per layer, up to 8 times.
             layers: stride-2 layers, >= 1; 3 sees patches of 70 pixels.
             norm: "group", "spectral" or "none".
+            image_channels: C.
         """
         super().__init__()
         self.config: dict[str, Any] = {"channels": channels, "layers": layers, "norm": norm}
+        self.config |= {"image_channels": image_channels}
         widths = [channels * min(2**n, 8) for n in range(layers + 1)]
-        blocks: list[nn.Module] = [_convolution(3, widths[0], 2, norm), nn.LeakyReLU(0.2)]
+        blocks: list[nn.Module] = [_convolution(image_channels, widths[0], 2, norm), nn.LeakyReLU(0.2)]
         for n in range(1, layers + 1):
             blocks.append(_convolution(widths[n - 1], widths[n], 2 if n < layers else 1, norm))
             if norm == "group":
@@ -49,7 +51,7 @@ class PatchDiscriminator(nn.Module):
         return int(3 * 2 ** self.config["layers"])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, 1, h', w'), larger for what looks real, of x (B, 3, H, W) in [-1, 1]."""
+        """Return logits (B, 1, h', w'), larger for what looks real, of x (B, C, H, W) in [-1, 1]."""
         logits: torch.Tensor = self.layers(x)
         return logits
 
@@ -62,9 +64,9 @@ def _convolution(inputs: int, outputs: int, stride: int, norm: str) -> nn.Module
     return nn.utils.parametrizations.spectral_norm(convolution) if norm == "spectral" else convolution
 
 
-def build_discriminator(config: AdversarialConfig) -> PatchDiscriminator:
-    """Build the discriminator of a recipe, with random weights."""
-    return PatchDiscriminator(config.channels, config.layers, config.norm)
+def build_discriminator(config: AdversarialConfig, image_channels: int = 3) -> PatchDiscriminator:
+    """Build the discriminator of a recipe, with random weights, for images of C = `image_channels`."""
+    return PatchDiscriminator(config.channels, config.layers, config.norm, image_channels)
 
 
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor, kind: str) -> torch.Tensor:

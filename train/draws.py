@@ -14,6 +14,7 @@ UNIFORM = 11
 LATENT_NOISE = 12
 PER_IMAGE = 13
 PER_BATCH = 14
+BACKGROUND = 15
 
 
 def rng(seed: int, stream: int, position: int) -> np.random.Generator:

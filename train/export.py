@@ -1,7 +1,9 @@
 """From trained weights to a model folder: measure, fit, write.
 
     network + training images -> latent statistics -> scaling_factor, shift_factor, mean, step -> entropy tables
+                              -> preview of the latents; float16, tried -> force_upcast
       -> config.json, weights (diffusers) + codec.json, codec.safetensors + README.md [+ discriminator/]
+      -> other formats, see `train.formats`
 
 Everything is measured on training images; the held-out ones only check it.
 """
@@ -19,27 +21,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from codec import console, model_folder, tables
+from codec import console, facts, model_folder, tables
 from codec.adopt import Measured, measure
 from codec.coding import Settings
 from codec.errors import ModelError, UsageError
 from codec.files import write_atomic
 from codec.latent_model import LatentModel, decoder_id, latent_model
 from codec.model_folder import ModelFolder
-from codec.pixels import to_float
+from codec.pixels import to_float, to_uint8
+from codec.preview import Preview, PreviewFit
 from codec.runtime import Codec
 from codec.shards import SampleRef
 from codec.statistics import LatentStatistics
 from eval.metrics import psnr
-from train.card import model_card
+from train.card import latents_of, model_card
+from train.card_sections import update_card
+from train.centring import centred, measured_shift
+from train.channels import Channels
 from train.config import Config
 from train.data import whole_images
+from train.drift import export_drift
+from train.formats import Wanted, check_folder, fixture_picture, make_readable, write_formats
+from train.half_precision import MAX_IMAGES, MAX_SIDE, Half, measure_half
 from train.networks import decoder_only, keeps_latents
 
 STATISTICS_SIDE = 1024  # pixels
-_FP16_LIMIT = 65504 / 4  # an activation beyond this leaves no room for unusual images
-_MAX_RANGE_IMAGES = 16
 _MAX_CHECKED_IMAGES = 8
+_QUALITIES = (0, 25, 50, 75, 100)
 _STATIC = Settings(effort=0, modes=(tables.Mode.STATIC,))  # the mode whose rate a rate model estimates
 _DISCRIMINATOR = "discriminator"  # folder in a model folder
 
@@ -59,8 +67,10 @@ def export_model(
     """Write the model folder.
 
     When the latents are another model's (`train.networks.keeps_latents`), the network's scaling_factor and shift_factor
-    stay as they are; else both are measured. A decoder that was trained alone keeps its base's mean, steps and tables
-    too, where the base has some and no steps were learned: so it decodes the base's files.
+    stay as they are; else both are measured, and the mean goes into the weights where they can hold it
+    (`train.centring`), but for a model that began as another one, whose latents it may be compared with. A decoder that
+    was trained alone keeps its base's mean, steps and tables too, where the base has some and no steps were learned: so
+    it decodes the base's files.
 
     Args:
         network: a diffusers autoencoder that `codec.latent_model` has an adapter for; float32, evaluation mode.
@@ -74,52 +84,69 @@ def export_model(
         discriminator: written too, with its `config`, so that a later run need not start with a cold one.
 
     Returns:
-        Figures of the export: standard deviation on held-out images, PSNR by quality, the ids.
+        Figures of the export: standard deviation on held-out images, PSNR by quality, the ids, the drift from the model
+        whose latents these may be (`train.drift`), what float16 does, the files of other formats.
 
     Raises:
         UsageError: the latents of the training images do not vary: there is nothing to code.
+        ModelError: the folder, loaded again, gives something else than the network.
     """
-    model = latent_model(network)
+    model, image = latent_model(network), Channels.of(config.model.image_channels, config.data.samples)
     order = np.random.default_rng(0).permutation(len(training))[: config.export.statistics_images]
+    samples = [training[i] for i in order]
     bad: list[tuple[str, str]] = []
-    measured = _measure(model, [training[i] for i in order], bad, step)
-    measured_step, summary, step = step is None, measured.summary, measured.step
-    keep = keeps_latents(config.model)
-    _write_network(network, out, config, measured, keep)
+    fit = PreviewFit(model.channels)
+    measured = _measure(model, samples, bad, step, image, fit)
+    keep = keeps_latents(config.model, config.latents)
+    mean_as_trained = measured.summary.mean
+    if not keep and not config.model.init_from:
+        network, measured = centred(network, measured)
+    _set_scaling(network, config, measured, keep)
+    model = latent_model(network)  # with the new normalisation
+    preview = _preview(fit, model, mean_as_trained - measured.summary.mean)
+    real = whole_images(samples[:MAX_IMAGES], MAX_SIDE, model.f, [], image.count)
+    half = measure_half(network, [each for _, each in real])
+    _write_network(network, out, half)
     if discriminator is not None:
         _write_discriminator(discriminator, out / _DISCRIMINATOR)
-    model = latent_model(network)  # with the new normalisation
-    mean, table_sets = summary.mean.astype(np.float32), []
-    base = _base(config) if measured_step else None
-    if base is not None:
-        mean, step, table_sets = base.mean, base.step, list(base.table_sets.values())
-    else:
-        table_sets = [tables.fit(measured.grids, mean, step)]
-    info = {
+    info = _info(model, config, record, (len(training), len(validation)))
+    info |= {"statistics": measured.summary.to_json(), "preview": None if preview is None else preview.to_json()}
+    model_folder.write(out, info=info, **_tables(config, measured, learned=step is not None))
+    figures = _check(out, model, image, validation, bad) | {"n_bad_samples": len(bad)}
+    figures |= export_drift(config, out, validation, training, device)
+    if not figures.get("drift", {}).get("compatible", True):
+        facts.update(out, latents_of="")  # they were meant to be
+    for key, reason in bad:
+        console.error(f"sample {key}: {reason} (left out of the model's statistics)")
+    card = model_card(info, config, network, measured.summary, figures, kept=keep)
+    write_atomic(out / "README.md", card.encode())
+    _write_fixture(model, image, out, config)
+    return figures | _other_formats(network, out, config, half)
+
+
+def _info(model: LatentModel, config: Config, record: Mapping[str, Any], counts: tuple[int, int]) -> dict[str, Any]:
+    """Return what codec.json says of a model before anything is measured; counts: of training and held-out images."""
+    return {
         "name": config.export.name or Path(config.run.out).resolve().name,
         "family": model.family,
         "f": model.f,
         "latent_channels": model.channels,
         "receptive_field": model.receptive_field,
-        "decoder_id": decoder_id(network),
+        "decoder_id": decoder_id(model.network),
         "scaling_factor": model.scaling_factor,
         "shift_factor": model.shift_factor,
-        "statistics": summary.to_json(),
-        "training": {
-            "data": _describe_data(config, len(training), len(validation)),
-            **record,
-        },
+        "latents_of": latents_of(config),
+        "training": {"data": _describe_data(config, *counts), **record},
     }
-    model_folder.write(out, info=info, mean=mean, step=step, table_sets=table_sets)
-    figures = _check(Codec.load(out, device, dtype="float32"), validation, bad) | {"n_bad_samples": len(bad)}
-    for key, reason in bad:
-        console.error(f"sample {key}: {reason} (left out of the model's statistics)")
-    card = model_card(
-        info, config, network, summary, figures, largest_activation=measured.largest_activation, kept=keep
-    )
-    write_atomic(out / "README.md", card.encode())
-    _write_fixture(model, out.parent / "fixture.safetensors", device)
-    return figures
+
+
+def _tables(config: Config, measured: Measured, *, learned: bool) -> dict[str, Any]:
+    """Return mean, step and table sets: fitted to the latents, or the base's; `learned`: the steps are the run's."""
+    base = None if learned else _base(config)
+    if base is not None:
+        return {"mean": base.mean, "step": base.step, "table_sets": list(base.table_sets.values())}
+    mean = measured.summary.mean.astype(np.float32)
+    return {"mean": mean, "step": measured.step, "table_sets": [tables.fit(measured.grids, mean, measured.step)]}
 
 
 def _base(config: Config) -> ModelFolder | None:
@@ -155,34 +182,88 @@ def load_discriminator_state(folder: Path) -> dict[str, torch.Tensor] | None:
 
 
 def _measure(
-    model: LatentModel, samples: Sequence[SampleRef], bad: list[tuple[str, str]], step: np.ndarray | None
+    model: LatentModel,
+    samples: Sequence[SampleRef],
+    bad: list[tuple[str, str]],
+    step: np.ndarray | None,
+    image: Channels,
+    fit: PreviewFit,
 ) -> Measured:
-    """Measure the latents of training images; `bad` takes (key, reason) of each that cannot be read."""
-    images = (image for _, image in whole_images(samples, STATISTICS_SIDE, model.f, bad))
-    measured = measure(model, images, len(samples), step=step, n_decoded=_MAX_RANGE_IMAGES)
+    """Measure the latents of training images; `bad` takes (key, reason) of each that cannot be read, `fit` the rest."""
+    images = (each for _, each in whole_images(samples, STATISTICS_SIDE, model.f, bad, image.count))
+
+    def watch(z: np.ndarray, pixels: np.ndarray) -> None:
+        fit.update(z, image.picture(pixels))
+
+    measured = measure(model, images, len(samples), step=step, watch=watch)
     if measured is None:
         raise UsageError(f"none of {len(samples)} training images can be read; the first: {bad[0][1]}")
     return measured
 
 
-def _write_network(network: Any, out: Path, config: Config, measured: Measured, keep_scaling: bool) -> None:
+def _preview(fit: PreviewFit, model: LatentModel, moved: np.ndarray) -> Preview | None:
+    """Return the preview of normalized latents; `moved`: (D,) what the raw ones had more when `fit` saw them."""
+    scale, shift = (np.asarray(each, np.float64) for each in (model.normalisation.scale, model.normalisation.shift))
+    if max(scale.size, shift.size) > model.channels:  # by place in a patch: no class that is trained has this
+        return None
+    return fit.solve(scale.reshape(-1) if scale.ndim else scale, shift.reshape(-1) + moved)
+
+
+def _set_scaling(network: Any, config: Config, measured: Measured, keep_scaling: bool) -> None:
+    """Give the network's config the normalisation of its latents, and the size of its tiles."""
+    if keep_scaling:
+        settings = {"shift_factor": network.config.shift_factor or 0.0}  # pipelines of newer models need a number
+    else:
+        settings = {
+            "scaling_factor": 1.0 / measured.summary.global_std,
+            "shift_factor": measured_shift(network, measured.summary.global_mean),
+            "sample_size": max(config.data.sides),
+        }
+    network.register_to_config(**{name: value for name, value in settings.items() if name in network.config})
+
+
+def _write_network(network: Any, out: Path, half: Half) -> None:
+    """Write diffusers' folder, in place of an older one, and load it again.
+
+    Raises:
+        ModelError: loaded again it gives something else; nothing is left of it.
+    """
     if (out / model_folder.CODEC_JSON).exists():
         shutil.rmtree(out)
-    settings: dict[str, Any] = {"force_upcast": measured.largest_activation > _FP16_LIMIT}
-    if keep_scaling:
-        settings["shift_factor"] = network.config.shift_factor or 0.0  # pipelines of newer models need a number
-    else:
-        settings["scaling_factor"] = 1.0 / measured.summary.global_std
-        settings["shift_factor"] = measured.summary.global_mean
-        settings["sample_size"] = max(config.data.sides)
-    network.register_to_config(**{name: value for name, value in settings.items() if name in network.config})
+    if "force_upcast" in network.config:
+        network.register_to_config(force_upcast=half.force_upcast)
+    save_network(network, out)
+    try:
+        check_folder(network, out)
+    except ModelError:
+        for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+            (out / name).unlink(missing_ok=True)
+        raise
+
+
+def save_network(network: Any, out: Path) -> None:
+    """Write config.json and weights of a network, without leftovers of other programs in the config."""
     network.save_pretrained(out)
     # A base leaves the place that it was loaded from, and whatever else stood in its config, in this one.
     document = json.loads((out / "config.json").read_text(encoding="utf-8"))
     known = {"_class_name", "_diffusers_version", *inspect.signature(type(network).__init__).parameters}
     document = {name: value for name, value in document.items() if name in known}
     write_atomic(out / "config.json", (json.dumps(document, indent=2) + "\n").encode())
-    _readable(out)
+    make_readable(out)
+
+
+def _other_formats(network: nn.Module, out: Path, config: Config, half: Half) -> dict[str, Any]:
+    """Write the formats of the recipe; what cannot be had is said, and costs a finished run nothing."""
+    wanted = Wanted.named(config.export.formats)
+    for attempt in (wanted, Wanted(single_file=False)):
+        try:
+            written = write_formats(out, attempt, half=half)
+            break
+        except (ModelError, UsageError) as exception:
+            console.error(f"export.formats: {exception}")
+    update_card(out, network)
+    names = [str(path.relative_to(out)) for path in written]
+    return {"float16": half.verdict, "formats": names}
 
 
 def _write_discriminator(discriminator: nn.Module, folder: Path) -> None:
@@ -190,66 +271,76 @@ def _write_discriminator(discriminator: nn.Module, folder: Path) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in discriminator.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     write_atomic(folder / "config.json", (json.dumps(discriminator.config, indent=2) + "\n").encode())
-    _readable(folder)
+    make_readable(folder)
 
 
-def _readable(folder: Path) -> None:
-    """Give weights the permissions of config.json: safetensors may leave them readable by their owner alone."""
-    for path in folder.glob("*.safetensors"):
-        path.chmod((folder / "config.json").stat().st_mode)
-
-
-def _check(codec: Codec, validation: Sequence[SampleRef], bad: list[tuple[str, str]]) -> dict[str, Any]:
+def _check(
+    out: Path, model: LatentModel, image: Channels, validation: Sequence[SampleRef], bad: list[tuple[str, str]]
+) -> dict[str, Any]:
     """Measure the finished folder on held-out images: normalized deviation, rate and PSNR by quality.
 
-    Images that cannot be read are left out, and added to `bad` as (key, reason).
+    Images that cannot be read are left out, and added to `bad` as (key, reason). What the codec does not code, images
+    of other than three channels, has no rates.
     """
-    statistics = LatentStatistics(codec.model.channels)
-    qualities = (0, 25, 50, 75, 100)
-    rows: dict[int, list[tuple[float, float, float]]] = {quality: [] for quality in qualities}
+    device = next(model.network.parameters()).device
+    codec = Codec.load(out, device, dtype="float32") if image.plain else None
+    statistics = LatentStatistics(model.channels)
+    rows: dict[int, list[tuple[float, float, float]]] = {quality: [] for quality in _QUALITIES}
     ceiling = []
     n_held_out = 0
-    for _, image in whole_images(validation, STATISTICS_SIDE, codec.model.f, bad):
+    for _, picture in whole_images(validation, STATISTICS_SIDE, model.f, bad, image.count):
         n_held_out += 1
+        x = to_float(picture)[None].to(device)
         with torch.inference_mode():
-            statistics.update(codec.model.encode(to_float(image)[None].to(codec.device)))
-        if n_held_out > _MAX_CHECKED_IMAGES:
-            continue
-        ceiling.append(psnr(image, codec.reconstruct(image)))
-        n_pixels = image.shape[0] * image.shape[1]
-        coded = zip(
-            qualities, codec.encode_many(image, qualities), codec.encode_many(image, qualities, _STATIC), strict=True
-        )
-        for quality, data, static in coded:
-            row = (8 * len(data) / n_pixels, psnr(image, codec.decode(data)), 8 * len(static) / n_pixels)
-            rows[quality].append(row)
+            posterior = model.encode(x)
+            statistics.update(posterior)
+            if n_held_out > _MAX_CHECKED_IMAGES:
+                continue
+            x_hat = to_uint8(model.decode(posterior.mean).float()[0])
+        ceiling.append(image.measured(picture, x_hat)["psnr"])
+        if codec is not None:
+            _add_rates(codec, picture, rows)
+    folder = model_folder.read(out)
     figures: dict[str, Any] = {
-        "stream_id": codec.stream_id,
-        "decoder_id": codec.decoder_id,
+        "stream_id": folder.stream_id,
+        "decoder_id": folder.decoder_id,
         "n_held_out": n_held_out,
     }
     if n_held_out == 0:
         return figures
     summary = statistics.summary()
-    return figures | {
-        "normalized_std": summary.global_std * codec.model.scaling_factor,
-        "normalized_mean": (summary.global_mean - codec.model.shift_factor) * codec.model.scaling_factor,
+    figures |= {
+        "normalized_std": summary.global_std * model.scaling_factor,
+        "normalized_mean": (summary.global_mean - model.shift_factor) * model.scaling_factor,
         "unquantised_psnr": float(np.mean(ceiling)),
         "n_checked": len(ceiling),
-        "by_quality": {
+    }
+    if codec is not None:
+        figures["by_quality"] = {
             quality: dict(zip(("bpp", "psnr", "static_bpp"), np.mean(found, axis=0).tolist(), strict=True))
             for quality, found in rows.items()
-        },
-    }
+        }
+    return figures
 
 
-def _write_fixture(model: LatentModel, path: Path, device: torch.device) -> None:
-    """Write one input with the trainer's own latents and reconstruction, to hold any other runtime to."""
-    side = max(64, model.f)
-    ramp = np.indices((side, side)).astype(np.float64) / (side - 1)
-    image = np.stack([ramp[0], ramp[1], 0.5 + 0.5 * np.sin(20 * ramp[0] * ramp[1])], axis=-1)
-    x = to_float((image * 255).round().astype(np.uint8))[None].to(device)
+def _add_rates(codec: Codec, image: np.ndarray, rows: Mapping[int, list[tuple[float, float, float]]]) -> None:
+    """Code an image at each quality, and add (bpp, PSNR in dB, bpp of STATIC mode) to the quality's row."""
+    n_pixels = image.shape[0] * image.shape[1]
+    coded = codec.encode_many(image, _QUALITIES), codec.encode_many(image, _QUALITIES, _STATIC)
+    for quality, data, static in zip(_QUALITIES, *coded, strict=True):
+        rows[quality].append((8 * len(data) / n_pixels, psnr(image, codec.decode(data)), 8 * len(static) / n_pixels))
+
+
+def _write_fixture(model: LatentModel, image: Channels, out: Path, config: Config) -> None:
+    """Write one input with the trainer's own latents and reconstruction, to hold any other runtime to.
+
+    Beside the model of a run; into a model that is exported to another place.
+    """
+    beside = out.resolve().parent == Path(config.run.out).resolve()
+    path = (out.parent if beside else out) / "fixture.safetensors"
+    x = to_float(fixture_picture(model.f, image.count))[None].to(next(model.network.parameters()).device)
     with torch.inference_mode():
         z = model.encode(x).mean
         x_hat = model.decode(z)
     save_file({"x": x.cpu(), "z": z.cpu().contiguous(), "x_hat": x_hat.cpu().contiguous()}, path)
+    make_readable(out)

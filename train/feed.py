@@ -38,7 +38,12 @@ class Feed:
         self._sequence: SampleSequence | None = None
         if config.data.mode == "indexed":
             self._sequence = SampleSequence(
-                samples, config.data, config.run.seed, batch_size=config.optim.batch_size, multiple=f
+                samples,
+                config.data,
+                config.run.seed,
+                batch_size=config.optim.batch_size,
+                multiple=f,
+                channels=config.model.image_channels,
             )
             self._text = describe_data(self._sequence, n_ranks)
         else:

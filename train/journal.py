@@ -15,13 +15,13 @@ from codec import images
 from codec.errors import UsageError
 from codec.files import check_writable, write_atomic
 from eval.environment import commit, hardware, versions
-from train.config import Config
+from train.task import LoopConfig
 
 
 class Journal:
     """The records of one run; writes on the main rank alone."""
 
-    def __init__(self, out: Path, accelerator: Accelerator, config: Config) -> None:
+    def __init__(self, out: Path, accelerator: Accelerator, config: LoopConfig) -> None:
         self._out = out
         self._accelerator = accelerator
         self._config = config

@@ -2,8 +2,9 @@
 
     z (raw) -> noisy_latents -> LatentTransform.latents -> decoder -> x_hat, against LatentTransform.image(x)
     z (raw), projection(z), x -> FeatureAlignment -> scalar loss
+    z (raw), log-variance, x  -> LatentAnchor -> scalar loss
 
-The transform and the noise act between encoder and decoder; the alignment acts on the encoder alone, before both.
+The transform and the noise act between encoder and decoder; alignment and anchor act on the encoder alone, before both.
 Nothing here downloads anything.
 """
 
@@ -18,7 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from codec.errors import UsageError
+from codec.latent_model import LatentModel, Posterior
 from codec.latent_transform import resize
+from train.inflate import image_channels_of
 
 _MAX_POSITIONS = 1024  # of one image in the matrix of similarities, which grows with their square
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of pixels in [0, 1]
@@ -80,6 +83,50 @@ class LatentScale:
     def deviation(self) -> float:
         """The estimate; 0 before the first update, which means no noise in the very first step."""
         return math.sqrt(max(0.0, self.square - self.mean**2))
+
+
+class LatentAnchor:
+    """How far latents are from those of a frozen autoencoder, which others have trained on.
+
+    Attributes:
+        model: that autoencoder.
+    """
+
+    def __init__(self, model: LatentModel, *, deviation: bool = False) -> None:
+        """Hold on to a model.
+
+        Args:
+            model: the autoencoder, frozen, in evaluation mode, of the same f and D.
+            deviation: hold on to the posterior's deviation too, where both have one.
+        """
+        self.model = model
+        self._deviation = deviation
+        self._image_channels = image_channels_of(model.network)
+
+    def target(self, x: torch.Tensor) -> Posterior:
+        """Return the frozen model's raw posterior of x, (B, C, H, W) in [-1, 1]: of the channels that it knows."""
+        with torch.no_grad():
+            return self.model.encode(x[:, : self._image_channels])
+
+    def __call__(self, mean: torch.Tensor, logvar: torch.Tensor | None, target: Posterior) -> torch.Tensor:
+        """Return the squared error of normalized latents, mean over B, D, h, w; a scalar.
+
+            mean over B, D, h, w of (n(mean) - n(target mean))^2, plus, if asked for, of (s - target s)^2
+
+        n is the frozen model's normalisation, s the posterior's deviation in the same units: errors then are in units
+        of what a diffusion model sees, whose deviation is 1.
+
+        Args:
+            mean: (B, D, h, w) raw.
+            logvar: the same shape, or None.
+            target: of `target`.
+        """
+        error = (self.model.normalize(mean.float()) - self.model.normalize(target.mean)).square().mean()
+        if self._deviation and logvar is not None and target.logvar is not None:
+            unit = self.model.normalisation.deviation(mean)
+            s, wanted = (torch.exp(0.5 * each.float()) for each in (logvar, target.logvar))
+            error = error + ((s - wanted) / unit).square().mean()
+        return error
 
 
 class FeatureAlignment(nn.Module):

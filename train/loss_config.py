@@ -143,6 +143,13 @@ class LatentConfig:
     """Share of batches decoded from turned and shrunken latents, against the image treated alike (EQ-VAE)."""
     noise: float = 0.0
     """Largest deviation of the noise on normalized latents before the decoder, uniform per image."""
+    anchor_weight: float = 0.0
+    """Weight of the squared error of the latents against a frozen autoencoder's, both normalized as that one's are
+    (mean over B, D, h, w): holds a full fine-tune to latents that others use."""
+    anchor: str = ""
+    """Folder of that autoencoder; empty = model.init_from."""
+    anchor_deviation: bool = False
+    """Hold on to the posterior's deviation too: its squared error, in the same units, is added (kl)."""
     alignment_weight: float = 0.0
     """Weight of the alignment to a vision network's features (VA-VAE)."""
     alignment: str = ""
@@ -152,7 +159,7 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.equivariance <= 1, "latents.equivariance", self.equivariance, "0..1")
-        for name in ("noise", "alignment_weight"):
+        for name in ("noise", "anchor_weight", "alignment_weight"):
             require(getattr(self, name) >= 0, f"latents.{name}", getattr(self, name), ">= 0")
         require(
             self.alignment_weight == 0 or self.alignment != "",

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eval.features import MIN_SIDE, Distance, FeaturesError, SqueezeFeatures, find_backbone, load_lpips
+from train.channels import Channels
 from train.loss_config import KLConfig, LossConfig
 
 _BCE_RANGE = 1 - 1 / 255  # half a level of 8 bits away from black and white: a finite cost there
@@ -79,11 +80,13 @@ def kl_loss(
     return config.weight * scale * (per_channel.sum() - target).abs()
 
 
-def kl_weight_in_ldm(config: KLConfig, pixel_weight: float, crop: int, f: int, channels: int) -> float:
+def kl_weight_in_ldm(
+    config: KLConfig, pixel_weight: float, crop: int, f: int, channels: int, image_channels: int = 3
+) -> float:
     """Return the weight that gives the same balance in LDM's convention.
 
-    LDM adds w * (KL summed over D, h, w) to the pixel error *summed* over 3 * H * W, both divided by B; here the pixel
-    error is a mean. So w = 3 * H * W * (our factor on that sum) / pixel_weight.
+    LDM adds w * (KL summed over D, h, w) to the pixel error *summed* over C * H * W, both divided by B; here the pixel
+    error is a mean. So w = C * H * W * (our factor on that sum) / pixel_weight.
 
     Args:
         config: weight and reduction.
@@ -91,10 +94,11 @@ def kl_weight_in_ldm(config: KLConfig, pixel_weight: float, crop: int, f: int, c
         crop: H = W, pixels.
         f: downsampling factor.
         channels: D.
+        image_channels: C.
     """
     n_pixels, n_positions = crop**2, (crop // f) ** 2
     on_sum = config.weight * kl_scale(config.reduction, n_pixels, n_positions, channels) / n_positions
-    return 3 * n_pixels * on_sum / pixel_weight if pixel_weight > 0 else float("inf")
+    return image_channels * n_pixels * on_sum / pixel_weight if pixel_weight > 0 else float("inf")
 
 
 def pixel_loss(x: torch.Tensor, x_hat: torch.Tensor, kind: str, huber_delta: float = 0.1) -> torch.Tensor:
@@ -154,10 +158,19 @@ def build_perceptual(config: LossConfig) -> Distance | None:
 class ReconstructionLoss(nn.Module):
     """The weighted terms between an image and its reconstruction; no trainable parameter."""
 
-    def __init__(self, config: LossConfig) -> None:
-        """Raise FeaturesError (a UsageError) when the features that the recipe asks for are missing."""
+    def __init__(self, config: LossConfig, channels: Channels | None = None) -> None:
+        """Prepare the terms.
+
+        Args:
+            config: of the terms.
+            channels: of the images; None = RGB.
+
+        Raises:
+            FeaturesError: (a UsageError) the features that the recipe asks for are missing.
+        """
         super().__init__()
         self._config = config
+        self.channels = channels or Channels()
         self.perceptual = build_perceptual(config)
         self.perceptual_weight = config.perceptual_weight
         looked = config.perceptual == "auto" and config.perceptual_weight > 0
@@ -185,18 +198,23 @@ class ReconstructionLoss(nn.Module):
         text = " + ".join(terms)
         return f"({text}) exp(-s) + s, s learned" if config.learned_scale else text
 
-    def forward(self, x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the named terms, each a scalar that is already weighted.
+    def forward(
+        self, x: torch.Tensor, x_hat: torch.Tensor, background: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the named terms, each a scalar that is already weighted; `train.channels` says what each looks at.
 
         Args:
-            x: (B, 3, H, W) in [-1, 1].
+            x: (B, C, H, W) in [-1, 1].
             x_hat: the same shape.
+            background: (B, 3, 1, 1) in [-1, 1], behind transparent pixels of both; None = white.
         """
         config = self._config
-        pixel = pixel_loss(x, x_hat, config.pixel, config.huber_delta)
+        compared, compared_hat = (self.channels.compared(image.float(), background) for image in (x, x_hat))
+        pixel = pixel_loss(compared, compared_hat, config.pixel, config.huber_delta)
+        x, x_hat = (self.channels.seen(image.float(), background) for image in (x, x_hat))
         terms: dict[str, torch.Tensor] = {config.pixel: config.pixel_weight * pixel}
         if self.perceptual is not None:
-            terms["perceptual"] = self._config.perceptual_weight * self.perceptual(x, x_hat.float()).mean()
+            terms["perceptual"] = self._config.perceptual_weight * self.perceptual(x, x_hat).mean()
         if self.ms_ssim_weight > 0:
             terms["ms_ssim"] = self.ms_ssim_weight * ms_ssim_loss(x, x_hat)
         return terms

@@ -53,7 +53,7 @@ class Outputs:
     """What one forward pass gives, float32.
 
     Attributes:
-        x_hat: (B, 3, H, W).
+        x_hat: (B, C, H, W).
         mean: (B, D, h, w) raw.
         logvar: the same shape; None for a family without a variance.
         bits: (B,) estimated bits of each image, coded or not; None without a rate model.
@@ -93,7 +93,7 @@ class AutoencoderModule(nn.Module):
         """Encode, draw latents, decode.
 
         Args:
-            x: (B, 3, H, W) in [-1, 1].
+            x: (B, C, H, W) in [-1, 1].
             draws: all that is random.
         """
         with torch.no_grad() if self._frozen_encoder else nullcontext():

@@ -10,23 +10,37 @@ from torch import nn
 from codec.errors import UsageError
 from codec.latent_model import LatentModel, load_network
 from train.config import ModelConfig
+from train.inflate import image_channels_of, inflate
+from train.loss_config import LatentConfig
 
 _ANCHOR = 3.0  # in units of the content's deviation, about 1 at initialisation
 
 
-def build_network(config: ModelConfig) -> nn.Module:
+def build_network(config: ModelConfig, *, alpha: bool = True) -> nn.Module:
     """Build the AutoencoderKL or AutoencoderTiny to train, in float32; frozen where only the decoder learns.
 
     Args:
-        config: with `init_from` the folder decides class and shape; else the weights are random (torch's default
-            generator).
+        config: with `init_from` the folder decides class and shape, and its image channels are inflated to
+            `image_channels`; else the weights are random (torch's default generator).
+        alpha: whether the fourth of four image channels is alpha; see `train.inflate`.
 
     Raises:
         ModelError: `init_from` is missing, damaged, or of a class that is not supported.
-        UsageError: only the decoder of a network without trained weights is to be trained; a VQModel.
+        UsageError: only the decoder of a network without trained weights is to be trained, or of one that has to learn
+            to see more channels; a class that cannot be trained; more image channels than asked for.
     """
     if config.init_from:
-        network = _trainable(load_network(Path(config.init_from)), "model.init_from").train()
+        base = load_network(Path(config.init_from), image_channels=None)
+        if not isinstance(base, AutoencoderKL | AutoencoderTiny):
+            raise UsageError(
+                f"model.init_from: a {type(base).__name__}; only AutoencoderKL and AutoencoderTiny can be trained"
+            )
+        network = inflate(base, config.image_channels, alpha=alpha and config.image_channels == 4).train()
+        if network is not base and decoder_only(config):
+            raise UsageError(
+                f"model.trainable = decoder: the base has {image_channels_of(base)} image channels, and an encoder "
+                f"that stays as it is cannot see {config.image_channels}; set model.trainable=all"
+            )
     elif decoder_only(config):
         raise UsageError("model.trainable = decoder: the latents of which autoencoder? Set model.init_from=FOLDER")
     else:
@@ -38,13 +52,24 @@ def build_network(config: ModelConfig) -> nn.Module:
 
 def decoder_only(config: ModelConfig) -> bool:
     """Whether the encoder stays as it is: `model.trainable`, resolved."""
-    chosen = config.init_from != "" and config.teacher == ""  # a student learns its encoder too
-    return config.trainable == "decoder" or (config.trainable == "auto" and chosen)
+    return config.decoder_only
 
 
-def keeps_latents(config: ModelConfig) -> bool:
-    """Whether the latents are another model's (the base of a decoder, a teacher), and so their normalisation too."""
-    return decoder_only(config) or config.teacher != ""
+def keeps_latents(config: ModelConfig, latents: LatentConfig | None = None) -> bool:
+    """Whether the latents are meant to be another model's, and so their normalisation is.
+
+    They are for a decoder that is trained alone, a student, and a model that is anchored to another's.
+    """
+    anchored = latents is not None and latents.anchor_weight > 0
+    return decoder_only(config) or config.teacher != "" or anchored
+
+
+def adopt_normalisation(network: Any, reference: LatentModel) -> None:
+    """Give a network, whose raw latents are held to a reference's, that one's normalisation, in its config."""
+    theirs: Any = reference.network.config
+    settings = {name: theirs.get(name) for name in ("latents_mean", "latents_std")}
+    settings |= {"scaling_factor": reference.scaling_factor, "shift_factor": reference.shift_factor}
+    network.register_to_config(**{name: value for name, value in settings.items() if name in network.config})
 
 
 def freeze_encoder(network: nn.Module) -> None:
@@ -63,23 +88,41 @@ def load_teacher(folder: Path) -> nn.Module:
         ModelError: see `codec.latent_model.load_network`.
         UsageError: a VQModel.
     """
-    return _trainable(load_network(folder), "model.teacher").eval().requires_grad_(False)
+    return load_reference(folder, "model.teacher")
 
 
-def _trainable(network: nn.Module, field: str) -> nn.Module:
-    """Return the network; raises UsageError, naming the recipe's field, for a class that only the evaluation takes."""
+def load_reference(folder: Path, field: str) -> nn.Module:
+    """Load an autoencoder whose latents another one is held to; frozen, in evaluation mode, float32, on the CPU.
+
+    Args:
+        folder: of a diffusers autoencoder, or of a pipeline with one in `vae/`.
+        field: of the recipe, for the message.
+
+    Raises:
+        ModelError: see `codec.latent_model.load_network`.
+        UsageError: a VQModel, whose latents are indices to those who use them.
+    """
+    network = load_network(folder, image_channels=None)
     if isinstance(network, VQModel):
-        raise UsageError(f"{field}: a VQModel; only AutoencoderKL and AutoencoderTiny can be trained or taught from")
-    return network
+        raise UsageError(f"{field}: a VQModel; only of autoencoders with continuous latents can another one learn")
+    return network.eval().requires_grad_(False)
+
+
+def check_latents(reference: LatentModel, model: LatentModel, field: str) -> None:
+    """Raise UsageError, naming the recipe's field of the reference, when the latents of the two have other shapes."""
+    if (reference.f, reference.channels) != (model.f, model.channels):
+        raise UsageError(
+            f"{field}: f {reference.f}, {reference.channels} latent channels; the network: f {model.f}, "
+            f"{model.channels} latent channels"
+        )
+    seen, given = (image_channels_of(each.network) for each in (reference, model))
+    if seen > given:
+        raise UsageError(f"{field}: {seen} image channels; the network: {given}")
 
 
 def check_teacher(teacher: LatentModel, student: LatentModel) -> None:
     """Raise UsageError when the latents of the two have different shapes."""
-    if (teacher.f, teacher.channels) != (student.f, student.channels):
-        raise UsageError(
-            f"model.teacher: f {teacher.f}, {teacher.channels} latent channels; the network: f {student.f}, "
-            f"{student.channels} latent channels"
-        )
+    check_latents(teacher, student, "model.teacher")
 
 
 def checkpoint_activations(network: Any) -> None:
@@ -101,6 +144,8 @@ def _kl_network(config: ModelConfig) -> nn.Module:
         up_block_types=("UpDecoderBlock2D",) * n,
         layers_per_block=config.layers_per_block,
         latent_channels=config.latent_channels,
+        in_channels=config.image_channels,
+        out_channels=config.image_channels,
         norm_num_groups=config.norm_num_groups,
         mid_block_add_attention=config.mid_block_add_attention,
         use_quant_conv=config.use_quant_conv,
@@ -123,6 +168,8 @@ def _tiny_network(config: ModelConfig) -> nn.Module:
         num_encoder_blocks=blocks,
         num_decoder_blocks=blocks[::-1],
         latent_channels=config.latent_channels,
+        in_channels=config.image_channels,
+        out_channels=config.image_channels,
         scaling_factor=1.0,
         shift_factor=0.0,
     )

@@ -19,7 +19,9 @@ from train.checkpoint import Checkpoints, compare, load
 from train.config import Config
 from train.data import split
 from train.feed import Feed
+from train.formats import Wanted, check_formats
 from train.journal import check_run_folder, check_trackers
+from train.onnx_export import check_packages
 from train.progress import Progress, run_record
 from train.recipe import from_dict
 from train.trainer import Trainer
@@ -40,6 +42,8 @@ def prepare(config: Config) -> Trainer:
     if not config.data.shards:
         raise UsageError("trained on what? Set data.shards=FOLDER (codec-train shards writes one)")
     check_trackers(config.run.trackers)
+    if "onnx" in config.export.formats:
+        check_packages()
     out = check_run_folder(config.run.out, config.run.resume)
     state = _state_to_resume(config, out)
     accelerator = _accelerator(log_with=list(config.run.trackers) or None, project_dir=str(out))
@@ -60,11 +64,21 @@ def prepare(config: Config) -> Trainer:
     return trainer
 
 
-def export(folder: Path) -> dict[str, Any]:
-    """Export the newest checkpoint of a run folder, or one checkpoint, to `model` in the run folder.
+def export(folder: Path, out: Path | None = None, licence: str = "", wanted: Wanted | None = None) -> dict[str, Any]:
+    """Export the newest checkpoint of a run folder, or one checkpoint, as a model folder, in no further formats.
+
+    Args:
+        folder: the run's, or the checkpoint's file.
+        out: the model folder; None = `model` in the run folder.
+        licence: of the weights; "" = as the run's config says.
+        wanted: formats that are to follow: what the network cannot have is said at once.
+
+    Returns:
+        Figures, see `train.export.export_model`; `folder` is the model folder.
 
     Raises:
         UsageError: no sound checkpoint; shards or features that the run used are missing.
+        ModelError: see `train.formats.check_formats`.
     """
     checkpoints = folder.parent if folder.is_file() else folder / "checkpoints"
     found = (folder, load(folder)) if folder.is_file() else Checkpoints(checkpoints, 1).newest()
@@ -73,14 +87,19 @@ def export(folder: Path) -> dict[str, Any]:
     _, state = found
     config = from_dict(state["config"])
     config = replace(config, run=replace(config.run, out=str(checkpoints.parent)))  # the folder may have moved
+    config = replace(config, export=replace(config.export, formats=(), licence=licence or config.export.licence))
     task = AutoencoderTask(config, *_samples(config))
     average = averaged(task.module, config.optim.ema_decay)
     average.load_state_dict(state["ema"])
+    network = average.module.network
+    if wanted is not None and isinstance(network, torch.nn.Module):
+        check_formats(network, wanted)
     if task.critic is not None:
         task.critic.load_state_dict(state["critic_module"])
     n_bad = sum(sum(rank["bad"]["counts"].values()) for rank in state["ranks"])
     record = run_record(Progress(**state["progress"]), state["validation"], n_bad, task)
-    return task.export(average.module, checkpoints.parent / "model", record, torch.device("cpu"))
+    out = out or checkpoints.parent / "model"
+    return task.export(average.module, out, record, torch.device("cpu")) | {"folder": str(out)}
 
 
 def _accelerator(**settings: Any) -> Accelerator:
@@ -100,7 +119,9 @@ def _samples(config: Config, quiet: bool = False) -> tuple[list[SampleRef], list
     if data.mode == "streaming" and not data.local_shards:
         raise UsageError("data.mode = streaming: set data.local_shards=FOLDER, for validation and latent statistics")
     return split(
-        read_index(Path(data.local_shards or data.shards), quiet=quiet, max_bad_share=data.max_bad_share),
+        read_index(
+            Path(data.local_shards or data.shards), quiet=quiet, max_bad_share=data.max_bad_share, kind=data.samples
+        ),
         data.n_validation,
     )
 
@@ -117,7 +138,8 @@ def _state_to_resume(config: Config, out: Path) -> dict[str, Any] | None:
         path, state = found
     else:
         path, state = Path(resume), load(Path(resume))
-    impossible, other = compare(state["config"], config.to_dict())
+    # Read and written again: what a checkpoint of an earlier version does not name is at its default.
+    impossible, other = compare(from_dict(state["config"]).to_dict(), config.to_dict())
     if impossible:
         raise UsageError(f"{path}: cannot be resumed with a changed model: {_list(impossible)}")
     if other:

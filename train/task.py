@@ -1,6 +1,6 @@
 """What the training loop asks of a task. The loop knows nothing of images, perceptual losses or discriminators."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +9,49 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
+
+from train.bad_samples import BadSamples
+from train.config import OptimConfig, RunConfig
+from train.loss_config import AdversarialConfig
+
+
+class LoopConfig(Protocol):
+    """What the loop reads of a config; the rest of it is the task's."""
+
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def adversarial(self) -> AdversarialConfig:
+        """Of the critic; not looked at where there is none."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        ...
+
+
+class Source(Protocol):
+    """Where the loop's batches come from; see `train.feed.Feed`, which reads images.
+
+    A batch is a dict of tensors and lists; "key" names its samples, and "bad" holds the `BadSample`s met on the way.
+    """
+
+    @property
+    def bad(self) -> BadSamples: ...
+
+    def describe(self) -> str:
+        """Return one line on the data."""
+        ...
+
+    def stage(self, share: float) -> bool:
+        """Return what batches to read when `share` (0..1) of the run is done; read anew where it changes."""
+        ...
+
+    def batches(self, share: float, start: int) -> Iterator[dict[str, Any]]:
+        """Yield this rank's batches without end, from `start` samples (over all ranks) on."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +96,7 @@ Values = dict[str, Any]
 
 
 class Task(Protocol):
-    """One thing that can be trained: the autoencoder now; the conditional head and the prior over codes later.
+    """One thing that can be trained: an autoencoder, a denoiser of latents; a prior over codes later.
 
     Attributes:
         module: everything trainable, wrapped by the loop (DDP) and averaged (EMA); its forward does the whole pass.

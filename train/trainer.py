@@ -27,15 +27,13 @@ from train import signals
 from train.averaging import averaged
 from train.bad_samples import TooManyBadError
 from train.checkpoint import Checkpoints, digest, random_state, set_random_state
-from train.config import Config
-from train.feed import Feed
 from train.journal import Journal, environment
 from train.module import force_eager
 from train.precision import Side, autocast
 from train.progress import Progress, brief, finite, means, passed, run_record
 from train.ranks import Ranks
 from train.schedules import learning_rate_factor
-from train.task import Step, Task, Values
+from train.task import LoopConfig, Source, Step, Task, Values
 
 _MAX_ROLLBACKS = 3
 
@@ -51,7 +49,7 @@ class Preempted(Exception):
 class Trainer:
     """Runs one recipe to its end."""
 
-    def __init__(self, config: Config, task: Task, feed: Feed, accelerator: Accelerator) -> None:
+    def __init__(self, config: LoopConfig, task: Task, feed: Source, accelerator: Accelerator) -> None:
         """Prepare a run.
 
         Args:
@@ -123,7 +121,8 @@ class Trainer:
         collected: list[dict[str, torch.Tensor]] = []
         for micro, batch in enumerate(batches):
             self.feed.bad.add(batch["bad"], len(batch["key"]), self.progress.images)
-            batch["image"] = batch["image"].to(self.device, non_blocking=True)
+            tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            batch |= {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
             last = micro == len(batches) - 1
             where = self._where(micro)
             with self._reduced(self.generator.module, last):

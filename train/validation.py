@@ -10,7 +10,7 @@ from codec import console, model_folder
 from codec.latent_model import latent_model
 from codec.pixels import to_float, to_uint8
 from codec.shards import SampleRef
-from eval.metrics import ms_ssim, psnr
+from eval.metrics import ms_ssim
 from train.data import whole_images
 from train.export import STATISTICS_SIDE
 from train.losses import ReconstructionLoss, kl_nats
@@ -29,26 +29,28 @@ def measure(
     Args:
         parts: the network and, where there is one, its rate model.
         samples: what to measure; those that cannot be read are named and left out.
-        loss: the reconstruction terms.
+        loss: the reconstruction terms, which know the images' channels.
         side: largest side of the centre crop, pixels.
         device: where the network lies.
 
     Returns:
-        Rows of loss (the weighted reconstruction terms), psnr (dB, 8 bit), ms_ssim (sides > 160 only), perceptual
-        (unweighted), kl_bits_per_pixel, and with a rate model bpp_q0 ... bpp_q100: the estimated rate of the rounded
-        latents. And a picture, originals above their reconstructions, or None.
+        Rows of loss (the weighted reconstruction terms), psnr (dB, 8 bit) and what else `Channels.measured` gives,
+        ms_ssim (sides > 160 only), perceptual (unweighted), kl_bits_per_pixel, and with a rate model bpp_q0 ...
+        bpp_q100: the estimated rate of the rounded latents. And a picture, originals above their reconstructions, or
+        None.
     """
-    model = latent_model(parts.network)
+    model, channels = latent_model(parts.network), loss.channels
     rows: list[dict[str, float]] = []
     columns: list[np.ndarray] = []
     bad: list[tuple[str, str]] = []
     with torch.inference_mode():
-        for _, image in whole_images(samples, side, model.f, bad):
+        for _, image in whole_images(samples, side, model.f, bad, channels.count):
             x = to_float(image)[None].to(device)
             posterior = model.encode(x)
             decoded = model.decode(posterior.mean).float()
             x_hat = to_uint8(decoded[0])
-            row = {"psnr": psnr(image, x_hat), **_losses(loss, x, decoded)}
+            row = {**channels.measured(image, x_hat), **_losses(loss, x, decoded)}
+            image, x_hat = channels.picture(image), channels.picture(x_hat)
             if posterior.logvar is not None:
                 nats = kl_nats(posterior.mean, posterior.logvar).sum() / model.f**2
                 row["kl_bits_per_pixel"] = float(nats) / float(np.log(2))

@@ -81,7 +81,7 @@ def test_equal_names_stay_distinct_samples(tmp_path: Path) -> None:
 def test_the_index_is_made_once_and_again_when_the_tar_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scanned: list[str] = []
     scan = shard_scan._scan
-    monkeypatch.setattr(shard_scan, "_scan", lambda path: scanned.append(path.name) or scan(path))
+    monkeypatch.setattr(shard_scan, "_scan", lambda path, kind: scanned.append(path.name) or scan(path, kind))
     tars = [write_tar(tmp_path / f"{n}.tar", {"a.png": png(n)}) for n in range(3)]
     first = read_index(tmp_path)
     assert read_index(tmp_path) == first

@@ -87,7 +87,7 @@ def test_a_tiny_network_becomes_a_model_folder(shards: Path, tmp_path: Path, cap
     statistics = info["statistics"]
     assert (info["scaling_factor"], info["shift_factor"]) == (vae.config.scaling_factor, vae.config.shift_factor)
     assert vae.config.scaling_factor == pytest.approx(1 / statistics["global_std"])
-    assert vae.config.shift_factor == pytest.approx(statistics["global_mean"])
+    assert vae.config.shift_factor == 0  # which the pipelines that take an AutoencoderTiny would ignore
     assert figures["normalized_std"] == pytest.approx(1, abs=0.3)
 
     step = model_folder.read(out).step  # no variance: in proportion to the channels' deviation
@@ -136,7 +136,8 @@ def test_a_decoder_keeps_the_normalisation_of_its_base(shards: Path, tmp_path: P
 
 
 def test_with_a_teacher_the_normalisation_is_the_teachers(shards: Path, tmp_path: Path) -> None:
-    export(build_network(TINY), replace(TINY, teacher="some/teacher"), shards, tmp_path / "0" / "model")
+    build_network(TINY).save_pretrained(tmp_path / "some" / "teacher")
+    export(build_network(TINY), replace(TINY, teacher=str(tmp_path / "some/teacher")), shards, tmp_path / "0" / "model")
     after = settings(tmp_path / "0" / "model")
     assert (after["scaling_factor"], after["shift_factor"]) == (1.0, 0.0)
 
@@ -167,7 +168,8 @@ def test_channels_last_weights_are_written_as_any_others(shards: Path, tmp_path:
     network, critic = (module.to(memory_format=torch.channels_last) for module in (build_network(KL), Critic()))
     export(network, KL, shards, tmp_path / "run" / "model", discriminator=critic)
     saved = load_latent_model(tmp_path / "run" / "model").network.state_dict()
-    assert all(torch.equal(saved[name], tensor) for name, tensor in network.state_dict().items())
+    moved = {"quant_conv.bias", "post_quant_conv.bias"}  # see train.centring
+    assert all(torch.equal(saved[name], tensor) for name, tensor in network.state_dict().items() if name not in moved)
     assert load_discriminator_state(tmp_path / "run" / "model") is not None
 
 

@@ -98,7 +98,7 @@ def test_a_student_learns_its_teachers_latents(shards: Path, tmp_path: Path, run
     assert values[-1]["teacher"] < 0.5 * values[0]["teacher"]
     # The encoder learns from the teacher alone: the decoder is given the teacher's latents, not the student's.
     batch = next(made.feed.batches(0.0, 0))
-    made.task._config = replace(made.task._config, model=replace(made.config.model, teacher_weight=0.0))
+    made.task._latents._config = replace(made.config, model=replace(made.config.model, teacher_weight=0.0))
     made.task.generator_step(made.generator.module, batch, made._where(0)).objective.backward()
     network = made.task.module.network
     assert all(not p.grad.any() for p in network.encoder.parameters())

@@ -1,0 +1,112 @@
+"""`codec-train export`: a run, or a model that is there already, in the formats of other programs.
+
+Imports torch only when it works.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codec import options
+from codec.console import Exit, error, note
+from codec.errors import ModelError, UsageError
+
+
+def export_command(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A run folder (its newest checkpoint), or one checkpoint; or a model folder, or any diffusers folder.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="DIR",
+            help="The model folder to write; empty, or not there.",
+            show_default="RUN/model; of a model, into its own folder",
+        ),
+    ] = None,
+    single_file: Annotated[
+        bool | None,
+        typer.Option(
+            "--single-file/--no-single-file",
+            help="NAME_ldm.safetensors in the original (LDM) layout, as ComfyUI and A1111 read it.",
+            show_default="where the architecture permits",
+        ),
+    ] = None,
+    fp16: Annotated[
+        bool,
+        typer.Option(
+            "--fp16", help='Also in float16: diffusers\' variant="fp16", and of the single file. 2 bytes each.'
+        ),
+    ] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Encoder and decoder as ONNX, any size, checked by onnxruntime.")
+    ] = False,
+    preview: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="Images or shards that a linear preview of the latents is fitted to (a run fits its own), and that "
+            "float16 is tried on; 200 are used.",
+            show_default=False,
+        ),
+    ] = None,
+    licence: Annotated[
+        str,
+        typer.Option(
+            "--licence", help="Licence of the weights, for the model card.", show_default="what the card says already"
+        ),
+    ] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Write float16 files even where float16 overflows: they give black images.")
+    ] = False,
+    device: options.Device = "auto",
+) -> int:
+    """Export a run, or write further formats of a model: single file, float16, ONNX, preview.
+
+    Each file is loaded again, by the program it is for, and has to give the same; else it is not kept. The card says
+    where the model will load and where not.
+
+    Example: codec-train export runs/first -o first-vae --fp16 --onnx
+    """
+    from codec.engine import pick_device  # torch takes seconds to import
+    from train.export_folder import FolderExport, check_empty, export_folder
+    from train.formats import Wanted
+    from train.onnx_export import check_packages
+    from train.run import export as export_run
+
+    if onnx:
+        check_packages()
+    wanted = Wanted(single_file=single_file, fp16=fp16, onnx=onnx, force=force)
+    figures = {}
+    if not _is_model(source):
+        if source.suffix in (".safetensors", ".ckpt", ".pth", ".bin"):
+            raise UsageError(f"{source}: weights; make a model folder of them: codec-train import {source} -o DIR")
+        if out is not None:
+            check_empty(out)
+        figures = export_run(source, out, licence, wanted)
+        source, out = Path(figures["folder"]), None
+    how = FolderExport(out=out, wanted=wanted, images=preview, licence=licence, device=pick_device(device))
+    try:
+        found, bad = export_folder(source, how)
+    except (ModelError, UsageError):
+        if figures:
+            note(f"{source}: the model itself is written, without these formats")
+        raise
+    print(json.dumps({**figures, **found}, indent=2))
+    for name, reason in bad:
+        error(f"{name}: {reason} (left out of the preview)")
+    return Exit.SOME_FAILED if bad else Exit.OK
+
+
+def _is_model(source: Path) -> bool:
+    """Whether a path is a diffusers folder, or a pipeline's with one in it; a run has a config.json too, its own."""
+    configs = (source / "config.json", source / "vae" / "config.json")
+    return any(path.is_file() and b'"_class_name"' in path.read_bytes() for path in configs)
