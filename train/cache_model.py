@@ -1,0 +1,261 @@
+"""The model that a latent cache is made with: what identifies its encoder, and running it on pieces of images.
+
+    folder -> CacheModel (ids, normalisation, constants), in the header
+           -> Encoder: pieces (S, S, 3) uint8 -> Moments of each piece and of its mirror
+
+Imports torch and diffusers.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from codec import console, fast, model_folder
+from codec.engine import AUTO, DTYPES, Engine, EngineConfig, pick_device
+from codec.errors import ModelError, NonFiniteError, UsageError
+from codec.latent_model import LatentModel, Normalisation, decoder_id, latent_model, load_network
+from codec.model_folder import ModelFolder
+from codec.pixels import to_float
+from train.cache_moments import Moments, Sides
+
+# Fields of diffusers' configs that decide what an encoder computes and that the shapes of its tensors do not show.
+_ENCODER_FIELDS = (
+    "_class_name", "act_fn", "attention_head_dim", "down_block_types", "downsample_block_type", "encoder_act_fns",
+    "encoder_block_types", "encoder_norm_types", "encoder_qkv_multiscales", "norm_num_groups", "norm_type",
+)  # fmt: skip
+_ENCODER_PARTS = ("encoder.", "quant_conv.")  # beginnings of the encoder's tensors' names
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheModel:
+    """What a cache says about its model.
+
+    Attributes:
+        name: of the model, for messages.
+        family: see `LatentModel`.
+        encoder_id: 16 hex digits; other latents come from another one.
+        decoder_id: 16 hex digits; latents stay right when only the decoder is trained further.
+        stream_id: of the codec's newest tables, 16 hex digits; None for a folder without tables.
+        f: downsampling factor.
+        channels: D.
+        has_std: whether there is a posterior with a variance.
+        normalisation: raw to normalized latents.
+        deviation: of raw latents over all channels, measured at export; else what `normalisation` says.
+        posterior_std: per channel, root mean square, measured at export; empty where it was not, or there is none.
+    """
+
+    name: str
+    family: str
+    encoder_id: str
+    decoder_id: str
+    stream_id: str | None
+    f: int
+    channels: int
+    has_std: bool
+    normalisation: Normalisation
+    deviation: float
+    posterior_std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, folder: Path) -> "tuple[CacheModel, ModelFolder | None]":
+        """Read a model folder; return it and the tables of the codec where the folder has them.
+
+        Args:
+            folder: of a diffusers autoencoder, or of a pipeline with one in `vae/`.
+
+        Raises:
+            ModelError: missing, damaged, or of a class that is not supported.
+        """
+        tables = model_folder.read(folder) if model_folder.is_model_folder(folder) else None
+        network = load_network(folder)
+        model = latent_model(network)
+        found = {} if tables is None else tables.info.get("statistics", {})
+        has_std = model.family == "kl"
+        measured = found.get("posterior_std", []) if has_std else []
+        return cls(
+            name=(folder.resolve().name if tables is None else tables.name),
+            family=model.family,
+            encoder_id=encoder_id(network),
+            decoder_id=decoder_id(network),
+            stream_id=None if tables is None else tables.stream_id,
+            f=model.f,
+            channels=model.channels,
+            has_std=has_std,
+            normalisation=model.normalisation,
+            deviation=float(found.get("global_std") or _deviation(model)),
+            posterior_std=tuple(float(value) for value in measured),
+        ), tables
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        shift, scale = (_listed(values) for values in (self.normalisation.shift, self.normalisation.scale))
+        formula = "(raw - shift) * scale; lists are (D, p, p), repeated over the grid"
+        return {
+            **{name: value for name, value in vars(self).items() if name not in ("normalisation", "posterior_std")},
+            "posterior_std": list(self.posterior_std),
+            "normalized": {"formula": formula, "shift": shift, "scale": scale},
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "CacheModel":
+        """Undo `to_json`."""
+        values = {name: found[name] for name in cls.__dataclass_fields__ if name not in ("normalisation",)}
+        shift, scale = (_unlisted(found["normalized"][name]) for name in ("shift", "scale"))
+        values["posterior_std"] = tuple(values["posterior_std"])
+        return cls(**values, normalisation=Normalisation(shift, scale))
+
+
+def _deviation(model: LatentModel) -> float:
+    z = torch.zeros(1, model.channels, 8, 8, dtype=torch.float64)
+    return float((model.denormalize(z + 1) - model.denormalize(z)).square().mean().sqrt())
+
+
+def _listed(values: float | torch.Tensor) -> Any:
+    return values.tolist() if isinstance(values, torch.Tensor) else values
+
+
+def _unlisted(values: Any) -> float | torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64) if isinstance(values, list) else float(values)
+
+
+def encoder_id(network: torch.nn.Module) -> str:
+    """Return what tells encoders apart: 16 hex digits, SHA-256 over config and encoder tensors.
+
+    Tensors count as float16, so that the float32 and the float16 folder of a model agree.
+    """
+    config: Any = network.config
+    fields = {name: config[name] for name in _ENCODER_FIELDS if name in config} | {
+        "_class_name": type(network).__name__
+    }
+    sha = hashlib.sha256(b"latent-codec encoder 0")
+    sha.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        if name.startswith(_ENCODER_PARTS):
+            values = tensor.detach().float().cpu().numpy()
+            with np.errstate(over="ignore"):  # beyond float16 is inf on both sides
+                sha.update(name.encode() + b"\0" + np.ascontiguousarray(values, dtype="<f2").tobytes())
+    return sha.hexdigest()[:16]
+
+
+def require_same_encoder(cache: Path, made_with: CacheModel, model: "str | Path | torch.nn.Module") -> None:
+    """Refuse a model whose encoder is not that of a cache.
+
+    Args:
+        cache: folder of the cache, for the message.
+        made_with: what the cache says.
+        model: a model folder, the name of a model, or a diffusers network.
+
+    Raises:
+        ModelError: another encoder, or no model.
+    """
+    if isinstance(model, torch.nn.Module):
+        name, found = type(model).__name__, encoder_id(model)
+    else:
+        folder = model_folder.resolve(model)
+        name, found = str(folder), encoder_id(load_network(folder))
+    if found != made_with.encoder_id:
+        raise ModelError(
+            f"{cache}: made with encoder {made_with.encoder_id} (model {made_with.name}), not with {found} ({name})"
+        )
+
+
+def engine_config(device: str, dtype: str, local_rank: int = 0) -> EngineConfig:
+    """Return how the network runs, its type resolved: a cache is not made half in one and half in another.
+
+    Raises:
+        UsageError: no such device or type.
+    """
+    config = EngineConfig(device=device, dtype=dtype)
+    if dtype != AUTO:
+        return config
+    best = fast.best_dtype(pick_device(device, local_rank))
+    return replace(config, dtype=next(name for name, kind in DTYPES.items() if kind == best))
+
+
+class Encoder:
+    """A network that is ready to encode pieces of one size."""
+
+    def __init__(self, folder: Path, config: EngineConfig, size: int, batch: int, local_rank: int = 0) -> None:
+        """Load the network.
+
+        Args:
+            folder: of the model.
+            config: how it runs.
+            size: pixels a side of every piece, a multiple of f.
+            batch: images that go through the network at once, 1 or an even number; always so many, since what else
+                is in a batch must not change a bit, and its size may.
+            local_rank: which GPU "auto" means.
+
+        Raises:
+            ModelError: the folder is missing or damaged.
+            UsageError: no such device, or the pieces are too large for it.
+        """
+        self._folder, self._batch = folder, batch
+        self._engine = Engine.load(folder, config, local_rank, console.note)
+        self._careful: Engine | None = None
+        self.on_cpu = self._engine.device.type == "cpu"
+        if not self._engine.fits(size, size, "encode"):
+            raise UsageError(f"--size {size}: an image that large does not fit into the memory of {config.device}")
+        self._posterior(np.zeros((batch, size, size, 3), np.uint8))  # derives weights: not for several threads at once
+
+    def describe(self) -> str:
+        """Return where and in which type the network runs, for the user."""
+        return self._engine.describe()
+
+    def __call__(self, pieces: Sequence[np.ndarray]) -> list[Sides]:
+        """Encode pieces and their mirrors; several threads may do this at once.
+
+        Args:
+            pieces: (S, S, 3) uint8 each.
+
+        Raises:
+            NonFiniteError: even in float32 the latents are not finite.
+        """
+        images = [side for piece in pieces for side in (piece, piece[:, ::-1])]
+        found: list[Moments] = []
+        for first in range(0, len(images), self._batch):
+            some = images[first : first + self._batch]
+            filled = some + [some[-1]] * (self._batch - len(some))
+            found += self._finite(np.stack(filled))[: len(some)]
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def _finite(self, images: np.ndarray) -> list[Moments]:
+        found = self._posterior(images)
+        for number, moments in enumerate(found):
+            if not _is_finite(moments):
+                found[number] = self._again(images[number])
+        return found
+
+    def _again(self, image: np.ndarray) -> Moments:
+        """Encode in float32 what was not finite in the engine's type."""
+        engine = self._engine
+        if engine.dtype != torch.float32:
+            if self._careful is None:
+                console.note(f"note: {self._folder}: numbers beyond {engine.describe()}; those images in float32")
+                config = replace(engine.config, dtype="float32", device=str(engine.device))
+                self._careful = Engine.load(self._folder, config)
+            found = _moments(self._careful, image[None])[0]
+            if _is_finite(found):
+                return found
+        raise NonFiniteError("the latents are not finite")
+
+    def _posterior(self, images: np.ndarray) -> list[Moments]:
+        return _moments(self._engine, images)
+
+
+def _moments(engine: Engine, images: np.ndarray) -> list[Moments]:
+    with torch.inference_mode():
+        posterior = engine.model.encode(to_float(images).to(engine.device))
+        mean = posterior.mean.float().cpu().numpy()
+        std = None if posterior.logvar is None else torch.exp(0.5 * posterior.logvar.float()).cpu().numpy()
+    return [Moments(mean[n], None if std is None else std[n]) for n in range(len(images))]
+
+
+def _is_finite(moments: Moments) -> bool:
+    return all(part is None or bool(np.isfinite(part).all()) for part in (moments.mean, moments.std))
