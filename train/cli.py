@@ -11,6 +11,11 @@ import typer
 from codec import console
 from codec.console import Exit
 from train.bench_cli import bench_command
+from train.cache_cli import cache_bench_command, cache_command
+from train.drift_cli import drift_command
+from train.export_cli import export_command
+from train.import_cli import import_command
+from train.race_cli import race_command
 from train.recipe import load_recipe, recipe_names
 from train.shards_cli import shards_command
 
@@ -28,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 app.command("shards")(shards_command)
 app.command("bench")(bench_command)
+app.command("cache")(cache_command)
+app.command("cache-bench")(cache_bench_command)
+app.command("drift")(drift_command)
+app.command("export")(export_command)
+app.command("import")(import_command)
+app.command("race")(race_command)
 
 
 @app.command(epilog="Example: codec-train run small-f8c8 data.shards=shards run.out=runs/first run.time_limit_min=25")
@@ -60,19 +71,6 @@ def run(
     if figures:
         print(f"model: {Path(config.run.out) / 'model'}")
         print(json.dumps(figures, indent=2))
-    return Exit.OK
-
-
-@app.command(epilog="Example: codec-train export runs/first")
-def export(
-    source: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder (its newest checkpoint), or one checkpoint.")
-    ],
-) -> int:
-    """Export a checkpoint of a run that did not reach its end, to RUN/model."""
-    from train.run import export as export_run
-
-    print(json.dumps(export_run(source), indent=2))
     return Exit.OK
 
 
