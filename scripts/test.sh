@@ -3,7 +3,7 @@
 #   bash scripts/test.sh [pytest arguments]        VENV=folder chooses the virtual environment (default .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/_venv.sh train,eval,dev
+. scripts/_venv.sh train,eval,onnx,dev
 ruff check .
 ruff format --check .
 mypy
