@@ -58,7 +58,7 @@ def write_parts(
         config = replace(
             config, shards=config.shards.absolute(), model=config.model.absolute(), out=config.out.absolute()
         )
-        resources: Any = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        resources: Any = ray.cluster_resources()
         n_gpus = int(resources.get("GPU", 0)) if config.device != "cpu" else 0
         rows = [{"part": pickle.dumps((_absolute(part), _needed(part, kept)))} for part in parts]
         worker: Any = _Worker  # a class stands for its instances here

@@ -14,7 +14,7 @@ from codec.latent_model import latent_model, load_latent_model
 from codec.runtime import Codec
 from codec.shards import read_index
 from tests.conftest import photo
-from train.centring import centred
+from train.centring import centred, measured_shift
 from train.config import Config, DataConfig, ExportConfig, ModelConfig, RunConfig
 from train.data import split
 from train.export import export_model
@@ -70,6 +70,12 @@ def test_a_network_without_those_convolutions_stays_as_it_is(network: Any) -> No
     assert told is measured
 
 
+def test_only_networks_of_pipelines_that_apply_a_shift_are_given_one() -> None:
+    assert measured_shift(kl(use_quant_conv=False, use_post_quant_conv=False), 0.3) == 0.3
+    assert measured_shift(kl(), 0.3) == 0
+    assert measured_shift(AutoencoderTiny(latent_channels=4), 0.3) == 0
+
+
 def test_an_export_centres_what_was_trained_from_scratch_and_nothing_else(shards: Path, tmp_path: Path) -> None:
     scratch = ModelConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
     folders = {}
@@ -83,15 +89,15 @@ def test_an_export_centres_what_was_trained_from_scratch_and_nothing_else(shards
         network = kl()
         with torch.no_grad():
             network.quant_conv.bias[:4] = torch.tensor([3.0, -2.0, 0.5, 5.0])
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         training, validation = split(read_index(shards), 2)
         record = {"losses": "l1", "validation": {}, "steps": 3, "images_seen": 12, "time_s": 6.0}
         folders[name] = tmp_path / name / "model"
         export_model(network, folders[name], config, training, validation, record=record, device=torch.device("cpu"))
         if name == "scratch":
-            assert network.config.shift_factor is None  # what goes on training stays as it was
+            assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     made = {name: load_latent_model(folder) for name, folder in folders.items()}
-    assert made["scratch"].shift_factor == 0
-    assert made["tuned"].shift_factor == 0  # pipelines would ignore another
+    assert (made["scratch"].shift_factor, made["tuned"].shift_factor) == (0, 0)  # pipelines would ignore another one
     assert made["scratch"].scaling_factor > made["tuned"].scaling_factor  # no means that differ by channel in it
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     with torch.no_grad():
@@ -101,6 +107,7 @@ def test_an_export_centres_what_was_trained_from_scratch_and_nothing_else(shards
             x_hat[name] = model.decode(z[name])
     torch.testing.assert_close(x_hat["scratch"], x_hat["tuned"], rtol=1e-5, atol=1e-5)
     moved = (z["tuned"] - z["scratch"])[0]
+    assert moved.abs().max() > 1
     torch.testing.assert_close(moved, moved.mean(dim=(1, 2), keepdim=True).expand_as(moved), rtol=0, atol=1e-5)
     images = [Codec.load(folder, "cpu", dtype="float32").reconstruct(photo(40, 40)) for folder in folders.values()]
     assert np.abs(images[0].astype(int) - images[1]).max() <= 1
