@@ -256,11 +256,12 @@ def test_new_captions_and_classes_cost_no_encoding(model_dir: Path, tmp_path: Pa
     assert [one["class"] for one in facts] == [None, "7", None]
     assert facts[0]["key"] == "data-0/0"
     seen.clear()
-    words |= {"0.txt": b"two dogs", "2.cls": b"3"}
-    assert main(command(foreign_shard(tmp_path / "s", {**images_, **words}), model_dir, out)) == 0
+    for change in ({"0.txt": b"two dogs"}, {"2.cls": b"3"}):
+        words |= change
+        assert main(command(foreign_shard(tmp_path / "s", {**images_, **words}), model_dir, out)) == 0
+        assert CacheReader(out).read(0)[1]["caption"] == "two dogs"
     assert not seen
     reader = CacheReader(out)
-    assert reader.read(0)[1]["caption"] == "two dogs"
     assert reader.classes == [None, "7", "3"]
     assert reader.header["classes"] == ["3", "7"]
 
