@@ -11,11 +11,11 @@ import typer
 from codec import console
 from codec.console import Exit
 from train.bench_cli import bench_command
-from train.cache_cli import cache_bench_command, cache_command
+from train.cache.cli import cache_bench_command, cache_command
 from train.drift_cli import drift_command
 from train.export_cli import export_command
-from train.import_cli import import_command
-from train.race_cli import race_command
+from train.importing.cli import import_command
+from train.race.cli import race_command
 from train.recipe import load_recipe, recipe_names
 from train.shards_cli import shards_command
 

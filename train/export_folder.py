@@ -27,7 +27,7 @@ from train.card_sections import update_card
 from train.export import save_network
 from train.formats import Wanted, check_folder, check_formats, check_half, config_of, stored_formats, write_formats
 from train.half_precision import MAX_IMAGES, Half, from_json, measure_half, middle
-from train.importing_images import FitImages
+from train.importing.images import FitImages
 
 _PREVIEW_IMAGES = 200
 _COPIED = (CODEC_JSON, CODEC_TENSORS, facts.FACTS_JSON, "README.md", "fixture.safetensors", "discriminator")

@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import Dataset
 
 from codec.errors import UsageError
-from train.cache_index import sort_classes
-from train.cache_model import require_same_encoder
-from train.cache_reader import CacheReader
+from train.cache.index import sort_classes
+from train.cache.model import require_same_encoder
+from train.cache.reader import CacheReader
 
 
 class LatentDataset(Dataset[dict[str, Any]]):

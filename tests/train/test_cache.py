@@ -24,10 +24,13 @@ from codec.engine import Engine, EngineConfig
 from codec.shards import read_index, read_sample
 from codec.tables import Mode
 from tests.conftest import photo
-from train import cache_index, cache_model, cache_plan, cache_writer
-from train.cache import write_cache
-from train.cache_plan import CacheConfig
-from train.cache_reader import CacheReader
+from train.cache import index as cache_index
+from train.cache import model as cache_model
+from train.cache import plan as cache_plan
+from train.cache import writer as cache_writer
+from train.cache.build import write_cache
+from train.cache.plan import CacheConfig
+from train.cache.reader import CacheReader
 from train.cli import main
 
 SIZE = 32
@@ -377,7 +380,9 @@ def test_any_number_of_ranks_gives_the_same_bytes(
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp16", "lcx"])
 def test_two_real_processes_give_the_bytes_of_one(shards: Path, model_dir: Path, tmp_path: Path, form: str) -> None:
-    script = "import sys; from train import cache_plan, cli; cache_plan._MOST_IMAGES = 5; sys.exit(cli.main())"
+    script = (
+        "import sys; from train import cli; from train.cache import plan; plan._MOST_IMAGES = 5; sys.exit(cli.main())"
+    )
     (tmp_path / "small.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -396,8 +401,8 @@ def test_a_killed_run_is_finished_by_the_same_command(shards: Path, model_dir: P
     (tmp_path / "killed.py").write_text(
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from train import cache_plan, cli\n"
-        "cache_plan._MOST_IMAGES, replace = 5, Path.replace\n"
+        "from train import cli\nfrom train.cache import plan\n"
+        "plan._MOST_IMAGES, replace = 5, Path.replace\n"
         "def kill_at_the_second_tar(self, target):\n"
         "    if str(target).endswith('.tar') and list(Path(target).parent.glob('*.tar')):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"

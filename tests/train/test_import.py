@@ -21,7 +21,7 @@ from codec.original_layout import to_original
 from codec.runtime import Codec
 from tests.conftest import photo
 from train.cli import main
-from train.importing_files import _HARMLESS
+from train.importing.files import _HARMLESS
 
 WIDTHS = (32, 64)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -533,7 +533,7 @@ def test_shards_serve_as_images(
 
 def test_the_command_line_is_read_without_torch() -> None:
     script = (
-        "import sys\nimport train.import_cli\n"
+        "import sys\nimport train.importing.cli\n"
         "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)\n"
         "from train.cli import main\n"
         "assert main(['import', '--help']) == 0\n"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from codec.errors import FormatError, ModelError, UsageError
 from codec.latent_model import load_latent_model
 from tests.train.test_cache import command, foreign_shard, png
-from train.cache_reader import CacheReader
+from train.cache.reader import CacheReader
 from train.cli import main
 from train.latent_dataset import LatentDataset
 

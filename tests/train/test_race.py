@@ -20,7 +20,7 @@ from codec import images
 from tests.conftest import make_model, photo
 from train.cli import main
 from train.denoiser_feed import LatentFeed
-from train.race_data import load_pictures
+from train.race.data import load_pictures
 
 # 16 tokens of 8 pixels, 6 steps of 8 images: seconds for the whole race.
 SMALL = ["--size", "32", "--stride", "8", "--images", "48", "--batch", "8", "--width", "32", "--depth", "1"]
@@ -245,14 +245,14 @@ def test_copies_of_an_image_stay_on_one_side(clothes: Path, tmp_path: Path) -> N
 def test_minutes_become_a_number_of_images_that_a_resumed_race_keeps(
     clothes: Path, vaes: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.race.LEAST_STEPS", 4)
+    monkeypatch.setattr("train.race.run.LEAST_STEPS", 4)
     asked = ["race", str(vaes[0]), "--data", str(clothes), "-o", str(tmp_path / "r"), *SMALL, "--minutes", "0.01"]
     asked = [part for n, part in enumerate(asked) if part != "--images" and asked[n - 1] != "--images"]
     assert main(asked) == 0
     n_images = json.loads((tmp_path / "r" / "race.json").read_text())["settings"]["n_images"]
     assert n_images >= 32
     assert n_images % 8 == 0
-    monkeypatch.setattr("train.race.images_in", lambda *_: n_images + 8)  # another load of the machine
+    monkeypatch.setattr("train.race.run.images_in", lambda *_: n_images + 8)  # another load of the machine
     assert main(asked) == 0
 
 

@@ -5,9 +5,9 @@ import pytest
 
 from eval.distribution import Moments, frechet_distance
 from eval.feature_networks import FeatureNetwork
-from train.race_data import Picture, Pictures
-from train.race_intervals import beyond, difference, jackknife
-from train.race_score import Judge, frechet, score
+from train.race.data import Picture, Pictures
+from train.race.intervals import beyond, difference, jackknife
+from train.race.score import Judge, frechet, score
 
 
 def drawn(n: int, shift: float = 0.0, seed: int = 0) -> np.ndarray:

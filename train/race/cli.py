@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from eval.autoencoder import Autoencoder
-    from train.race import Race
-    from train.race_data import Pictures
-    from train.race_entrant import RaceConfig
+    from train.race.data import Pictures
+    from train.race.entrant import RaceConfig
+    from train.race.run import Race
 
 N_IMAGES = 40_000
 RACE_JSON, CURVES_PNG = "race.json", "curves.png"
@@ -119,8 +119,8 @@ def race_command(
         raise UsageError("--minutes stands for a number of --images: give one of the two")
     check_writable(out)
 
-    from train.race import images_in, stored_settings, stride_of  # torch takes seconds to import
-    from train.race_entrant import RaceConfig
+    from train.race.entrant import RaceConfig
+    from train.race.run import images_in, stored_settings, stride_of  # torch takes seconds to import
 
     accelerator = _accelerator(device)
     if batch_size % accelerator.num_processes:
@@ -170,7 +170,7 @@ def _load(models: Sequence[Path], accelerator: "Accelerator", dtype: str) -> lis
     """Load the autoencoders, on each process."""
     from codec.engine import EngineConfig
     from eval.autoencoder import load_all
-    from train.race import check_models
+    from train.race.run import check_models
 
     config = EngineConfig(device=str(accelerator.device), dtype=dtype)
     loaded = load_all(models, config, notes=note)
@@ -182,7 +182,7 @@ def _pictures(
     accelerator: "Accelerator", data: Path, held_out: Path | None, *, size: int, n_held_out: int, limit: int | None
 ) -> "Pictures":
     """Read the images, on each process; the first one goes first, and indexes shards that have no index."""
-    from train.race_data import load_pictures
+    from train.race.data import load_pictures
 
     with accelerator.main_process_first():
         shown = accelerator.is_main_process and console.stderr.is_terminal
@@ -199,8 +199,8 @@ def _run(
     network: tuple[str | None, Path | None],
 ) -> int:
     """Race one autoencoder after the other; write what there is after each. Returns the exit code."""
-    from train.race import Race
-    from train.race_score import Judge, feature_network
+    from train.race.run import Race
+    from train.race.score import Judge, feature_network
     from train.trainer import Preempted, TrainingError
 
     name, place = network
@@ -240,30 +240,30 @@ def _write(race: "Race", names: Sequence[str], failed: Sequence[str], out: Path)
     """Write race.json and curves.png of all that has finished; return the former."""
     from codec.files import write_atomic
     from eval.results import header, write_json
-    from train import race_intervals, race_report
-    from train.race import digest, results
+    from train.race import intervals, report
+    from train.race.run import digest, results
 
     result = {
         **header("race", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "settings": race.settings,
         "settings_hash": digest(race.settings),
-        "meanings": race_report.MEANINGS,
-        "comparable": race_report.COMPARABLE,
-        "intervals": race_intervals.SETTINGS,
+        "meanings": report.MEANINGS,
+        "comparable": report.COMPARABLE,
+        "intervals": intervals.SETTINGS,
         "control": race.control,
         "entrants": results(out, race.settings, names),
         "failed": list(failed),
     }
-    result["notes"] = race_report.notes(result)
+    result["notes"] = report.notes(result)
     write_json(result, out / RACE_JSON)
-    write_atomic(out / CURVES_PNG, race_report.curves(result))
+    write_atomic(out / CURVES_PNG, report.curves(result))
     return result
 
 
 def _print(result: dict[str, Any], out: Path) -> None:
     """Print the table, what must be known to read it, and the files."""
-    from train.race import SAMPLES_PNG, folder_name
-    from train.race_report import markdown
+    from train.race.report import markdown
+    from train.race.run import SAMPLES_PNG, folder_name
 
     print("\n".join([*markdown(result), ""]))
     for path in (out / RACE_JSON, out / CURVES_PNG):

@@ -20,7 +20,7 @@ from typing import Any
 from codec.errors import FormatError, UsageError
 from codec.files import write_atomic
 from codec.shards import read_json
-from train.cache_moments import Sums
+from train.cache.moments import Sums
 
 VERSION = 1
 HEADER = "cache.json"

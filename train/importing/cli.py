@@ -63,7 +63,7 @@ def import_command(
     Example: codec-train import vae-ft-mse.safetensors -o models/ft-mse --images shards/ --config sd/vae/config.json
     """
     from codec.engine import pick_device
-    from train.importing import ImportOptions, import_model
+    from train.importing.convert import ImportOptions, import_model
 
     imported = import_model(
         source,

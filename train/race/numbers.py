@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from train.denoiser_flow import N_BINS
-from train.race_intervals import jackknife
+from train.race.intervals import jackknife
 
 
 def losses(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:

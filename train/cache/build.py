@@ -23,12 +23,12 @@ from codec.launch import Launch
 from codec.model_folder import ModelFolder
 from codec.shards import SampleRef, read_index, read_json
 from codec.version import __version__
-from train.cache_formats import TABLES
-from train.cache_index import BAD_IMAGES, HEADER, VERSION, index_path, places, read_shard_index, sort_classes
-from train.cache_model import CacheModel, engine_config
-from train.cache_moments import Sums
-from train.cache_plan import CacheConfig, Part, images_per_shard, plan_parts, with_captions
-from train.cache_writer import CacheWriter, Kept, PartReport
+from train.cache.formats import TABLES
+from train.cache.index import BAD_IMAGES, HEADER, VERSION, index_path, places, read_shard_index, sort_classes
+from train.cache.model import CacheModel, engine_config
+from train.cache.moments import Sums
+from train.cache.plan import CacheConfig, Part, images_per_shard, plan_parts, with_captions
+from train.cache.writer import CacheWriter, Kept, PartReport
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def write_cache(config: CacheConfig, launch: Launch | None = None, engine: str =
     kept = _find_kept(config.out, todo)
     if engine == "ray":
         try:
-            from train.cache_ray import write_parts
+            from train.cache.ray import write_parts
         except ImportError as exception:
             raise UsageError(f"--engine ray: {exception}: pip install 'latent-codec[ray]'") from exception
         reports = list(_counted(write_parts(config, job.settings, todo, kept), todo, launch))

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from codec.errors import UsageError
-from train.cache_moments import Moments
-from train.cache_reader import CacheReader
+from train.cache.moments import Moments
+from train.cache.reader import CacheReader
 from train.latent_dataset import LatentDataset
 
 _MOST_BYTES = 2_000_000_000  # of .npy files

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from codec.errors import FormatError, NonFiniteError
-from train.cache_lcx import LcxFormat
-from train.cache_moments import LatentFormat, Moments, Sides, Written
+from train.cache.lcx import LcxFormat
+from train.cache.moments import LatentFormat, Moments, Sides, Written
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TABLES = "tables"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from train.race_data import Pictures
+from train.race.data import Pictures
 
 COLUMNS = 8  # drawn images in a row
 _ROWS = 12

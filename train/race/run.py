@@ -31,11 +31,11 @@ from eval.results import finite, read_json
 from train.denoiser import CONVENTION, DenoiserConfig, DenoiserModule, build_network
 from train.denoiser_flow import mix
 from train.precision import autocast
-from train.race_data import Pictures
-from train.race_entrant import Entrant, RaceConfig
-from train.race_numbers import curve, losses
-from train.race_score import Judge
-from train.race_sheet import sheet
+from train.race.data import Pictures
+from train.race.entrant import Entrant, RaceConfig
+from train.race.numbers import curve, losses
+from train.race.score import Judge
+from train.race.sheet import sheet
 from train.ranks import Ranks
 
 SETTINGS_JSON, MODEL_JSON = "settings.json", "model.json"
@@ -101,7 +101,7 @@ class Race:
 
     Attributes:
         settings: all that decides the numbers, besides the autoencoders, as plain JSON values.
-        control: see `train.race_score.Judge`.
+        control: see `train.race.score.Judge`.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from codec.latent_model import ADAPTERS
 from codec.original_layout_config import infer_config
 from codec.original_layout_find import Found, find
 from codec.original_layout_tiny import tiny_config, tiny_names
-from train.importing_files import SUFFIXES, Weights, open_weights, weights_in
+from train.importing.files import SUFFIXES, Weights, open_weights, weights_in
 
 _WEIGHTS = "diffusion_pytorch_model"
 _PLACES = ("vae", "vqvae", "movq")  # of the autoencoder in a pipeline's folder

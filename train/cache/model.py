@@ -22,7 +22,7 @@ from codec.errors import ModelError, NonFiniteError, UsageError
 from codec.latent_model import LatentModel, Normalisation, decoder_id, latent_model, load_network
 from codec.model_folder import ModelFolder
 from codec.pixels import to_float
-from train.cache_moments import Moments, Sides
+from train.cache.moments import Moments, Sides
 
 # Fields of diffusers' configs that decide what an encoder computes and that the shapes of its tensors do not show.
 _ENCODER_FIELDS = (

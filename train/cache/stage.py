@@ -13,9 +13,9 @@ import numpy as np
 
 from codec.errors import NonFiniteError
 from codec.shards import SampleRef
-from train.cache_index import Place, Sample
-from train.cache_moments import LatentFormat, Sides, Sums, mean_squared_error
-from train.cache_plan import Entry
+from train.cache.index import Place, Sample
+from train.cache.moments import LatentFormat, Sides, Sums, mean_squared_error
+from train.cache.plan import Entry
 
 
 @dataclass(frozen=True)

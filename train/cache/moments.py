@@ -2,7 +2,7 @@
 
     image, mirror -> encoder -> Moments, Moments (raw) -> LatentFormat.write -> members of a tar -> .read -> Moments
 
-Another format (codebook indices, say) is one more class with these methods and a row in `train.cache_formats.FORMATS`.
+Another format (codebook indices, say) is one more class with these methods and a row in `train.cache.formats.FORMATS`.
 Must not import torch: the processes that code and decode import this.
 """
 

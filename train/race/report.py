@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from eval.plots import MODEL_STYLES, PLAIN_TEXT
-from train.race_intervals import beyond, difference
+from train.race.intervals import beyond, difference
 
 MEANINGS = {
     "unexplained": "squared error of the predicted velocity on held-out latents, t uniform, as a share of that of the "

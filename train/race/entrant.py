@@ -29,7 +29,7 @@ from train.config import OptimConfig, RunConfig
 from train.denoiser import HEAD, DenoiserConfig, DenoiserModule, DenoiserRun, DenoiserTask, measure, velocity_of
 from train.denoiser_feed import LatentFeed, LatentSet
 from train.denoiser_flow import sample
-from train.race_data import Picture, Pictures
+from train.race.data import Picture, Pictures
 from train.ranks import Ranks
 from train.trainer import Trainer
 
@@ -52,7 +52,7 @@ class RaceConfig:
     n_images: int
     """Images that each denoiser sees."""
     minutes: float | None
-    """What n_images was derived from, see `train.race.images_in`; None: it was given."""
+    """What n_images was derived from, see `train.race.run.images_in`; None: it was given."""
     batch_size: int
     """Images in a step, over all ranks."""
     lr: float

@@ -17,8 +17,8 @@ from codec.errors import UsageError
 from eval.distribution import Moments, frechet_distance, kernel_distance, neighbourhoods
 from eval.feature_networks import FeatureNetwork, load_network
 from eval.features import INCEPTION, FeaturesError, find_among
-from train.race_data import Pictures
-from train.race_intervals import Score, jackknife
+from train.race.data import Pictures
+from train.race.intervals import Score, jackknife
 
 FEWEST = 12
 """Images on each side below which nothing is scored: neighbourhoods need six when a group is left out."""

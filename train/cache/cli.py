@@ -69,8 +69,8 @@ def cache_command(
         raise UsageError(f"--engine ray starts its own workers; this is one of {launch.count} processes")
 
     from codec import model_folder
-    from train.cache import write_cache  # torch takes seconds to import
-    from train.cache_plan import CacheConfig
+    from train.cache.build import write_cache  # torch takes seconds to import
+    from train.cache.plan import CacheConfig
 
     config = CacheConfig(
         shards=shards,
@@ -129,7 +129,7 @@ def cache_bench_command(
     if out is not None:
         check_writable(out.parent)
 
-    from train.cache_bench import compare_formats, table  # torch takes seconds to import
+    from train.cache.bench import compare_formats, table  # torch takes seconds to import
     from train.journal import environment
 
     result = {"benchmark": "latent cache", **environment(), **compare_formats(caches, n_images, repeats, note)}

@@ -14,9 +14,9 @@ from typing import Any
 import ray
 import ray.data
 
-from train.cache_index import Place
-from train.cache_plan import CacheConfig, Part
-from train.cache_writer import CacheWriter, Kept, PartReport
+from train.cache.index import Place
+from train.cache.plan import CacheConfig, Part
+from train.cache.writer import CacheWriter, Kept, PartReport
 
 
 class _Worker:

@@ -15,10 +15,10 @@ import numpy as np
 
 from codec.errors import FormatError, UsageError
 from codec.shards import read_json
-from train.cache_formats import make_format
-from train.cache_index import HEADER, VERSION, Place, index_path, key_of, read_members, read_shard_index
-from train.cache_model import CacheModel
-from train.cache_moments import Moments
+from train.cache.formats import make_format
+from train.cache.index import HEADER, VERSION, Place, index_path, key_of, read_members, read_shard_index
+from train.cache.model import CacheModel
+from train.cache.moments import Moments
 
 _MOST_OPEN = 64  # files; systems allow a process a few hundred
 

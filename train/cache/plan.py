@@ -14,8 +14,8 @@ from typing import Any
 
 from codec.errors import UsageError
 from codec.shards import SampleRef
-from train.cache_lcx import check_target
-from train.cache_source import CENTRE, Caption, Preprocessing, caption_of, read_captions
+from train.cache.lcx import check_target
+from train.cache.source import CENTRE, Caption, Preprocessing, caption_of, read_captions
 
 FORMATS = ("fp16", "bf16", "int8", "lcx")
 DEFAULT_QUALITY = 90
@@ -25,7 +25,7 @@ _MOST_IMAGES = 2000  # of a shard
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """What `train.cache.write_cache` is asked for.
+    """What `train.cache.build.write_cache` is asked for.
 
     Attributes:
         shards: folder of tar shards with images, see `codec.shards.read_index`.

@@ -30,9 +30,9 @@ from codec.model_folder import ModelFolder
 from codec.runtime import Codec
 from eval.metrics import psnr
 from train.centring import measured_shift
-from train.importing_card import import_card
-from train.importing_images import FitImages
-from train.importing_source import Source, config_fields, open_source
+from train.importing.card import import_card
+from train.importing.images import FitImages
+from train.importing.source import Source, config_fields, open_source
 
 _LARGEST_SIDE = 512  # pixels of an image that the reconstruction is looked at on; a CPU takes seconds for it
 
@@ -75,7 +75,7 @@ def import_model(path: Path, out: Path, options: ImportOptions) -> Imported:
     """Make a model folder of somebody's autoencoder.
 
     Args:
-        path: see `train.importing_source.open_source`.
+        path: see `train.importing.source.open_source`.
         out: the folder to write; must be empty or not there.
         options: see the class.
 

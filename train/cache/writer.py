@@ -24,12 +24,12 @@ from codec.errors import FormatError, ImageError, NonFiniteError, UsageError
 from codec.pipeline import pipelined
 from codec.shards import SampleRef, read_sample
 from codec.workers import Processes
-from train.cache_formats import make_format
-from train.cache_index import Place, Sample, read_members, write_shard
-from train.cache_model import Encoder
-from train.cache_plan import CacheConfig, Entry, Part
-from train.cache_source import Box, Preprocessing
-from train.cache_stage import Cropped, Finish, Loaded, Unit
+from train.cache.formats import make_format
+from train.cache.index import Place, Sample, read_members, write_shard
+from train.cache.model import Encoder
+from train.cache.plan import CacheConfig, Entry, Part
+from train.cache.source import Box, Preprocessing
+from train.cache.stage import Cropped, Finish, Loaded, Unit
 
 Kept = Mapping[tuple[str, int], Place]
 """(SHA-256 of the image, number of the crop) -> where its latents lie already."""

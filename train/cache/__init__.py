@@ -1,0 +1,1 @@
+"""Caches of latents on disk, for diffusion training: `codec-train cache`. Start at `build.write_cache`."""

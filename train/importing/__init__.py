@@ -1,0 +1,1 @@
+"""Published autoencoders become model folders: `codec-train import`. Start at `convert`."""
