@@ -3,6 +3,7 @@
 The networks are diffusers' own; an adapter adds nothing but names. It is made in no time and holds no state.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from diffusers import (
     VQModel,
 )
 
+from codec import fsq
 from codec.errors import ModelError
 
 
@@ -297,11 +299,16 @@ def _tiny_receptive_field(config: Any, f: int) -> int | None:
 
 
 class CodebookModel(_Adapter):
-    """Adapter of `diffusers.VQModel`: latents are continuous, and `decode` moves each to its nearest codebook vector.
+    """Adapter of `diffusers.VQModel`: latents are continuous, and `decode` moves each to its codebook vector.
+
+    That is the nearest one; or, where config.json has the key `fsq_levels`, which diffusers passes over, the cell of
+    finite scalar quantisation that the latents lie in. VQModel itself cannot tell cells: its own `decode` of codebook
+    vectors is right for such a model, its own quantisation of latents is not.
 
     Attributes:
         codebook_size: K.
         codebook: (K, D), D = `channels`.
+        fsq_levels: cells along each of the D dimensions, whose product is K; empty = the nearest vector counts.
     """
 
     family = "vq"
@@ -314,6 +321,15 @@ class CodebookModel(_Adapter):
         self.f = 2 ** (len(config.block_out_channels) - 1)
         self.channels = int(network.quantize.vq_embed_dim)
         self.codebook_size = int(config.num_vq_embeddings)
+        self.fsq_levels = tuple(int(level) for level in config.get("fsq_levels") or ())
+        if self.fsq_levels and (len(self.fsq_levels), math.prod(self.fsq_levels)) != (
+            self.channels,
+            self.codebook_size,
+        ):
+            raise ModelError(
+                f"fsq_levels {list(self.fsq_levels)} of {self.codebook_size} vectors of {self.channels} channels: "
+                "expected a level for each channel, and their product as the number of vectors"
+            )
         self.scaling_factor = float(config.scaling_factor)
         self.decoder_out: torch.nn.Module = network.decoder.conv_out
 
@@ -329,7 +345,12 @@ class CodebookModel(_Adapter):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """See `LatentModel.decode`; z is quantised first."""
-        x_hat: torch.Tensor = self._vq.decode(z).sample
+        return self.decode_indices(self.quantise(z))
+
+    def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return x_hat, (B, 3, h*f, w*f), of codebook indices, (B, h, w) int64 in [0, K)."""
+        z_q = self.codebook[indices].movedim(-1, 1)  # (B, D, h, w)
+        x_hat: torch.Tensor = self._vq.decode(z_q.contiguous(), force_not_quantize=True).sample
         return x_hat
 
     def indices(self, x: torch.Tensor) -> torch.Tensor:
@@ -337,7 +358,9 @@ class CodebookModel(_Adapter):
         return self.quantise(self.encode(x).mean)
 
     def quantise(self, z: torch.Tensor) -> torch.Tensor:
-        """Return the indices of the codebook vectors nearest to raw latents: (B, D, h, w) -> (B, h, w) int64."""
+        """Return the indices of the codebook vectors that raw latents become: (B, D, h, w) -> (B, h, w) int64."""
+        if self.fsq_levels:
+            return fsq.to_index(fsq.cells(z.float(), self.fsq_levels), self.fsq_levels)
         _, _, (_, _, nearest) = self._vq.quantize(z)
         indices: torch.Tensor = nearest.reshape(z.shape[0], *z.shape[2:])
         return indices

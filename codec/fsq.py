@@ -1,0 +1,53 @@
+"""Finite scalar quantisation: a codebook that is a lattice, whose cells tile the latent space (Mentzer et al. 2023).
+
+z (B, D, h, w) -> bounded (B, D, h, w) -> rounded: cells -> index (B, h, w) in [0, K), K = product of the levels
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+_SLACK = 1e-3  # the outermost cells are reached before tanh saturates
+
+
+def bounded(z: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
+    """Squash latents so that rounding gives one of `levels` integers in each channel; differentiable.
+
+    Args:
+        z: (B, D, ...) raw latents.
+        levels: D numbers >= 2.
+
+    Returns:
+        (B, D, ...) whose rounding lies in [-(L // 2), (L - 1) // 2].
+    """
+    # Mentzer et al. 2023 eq. 2 and appendix A.1, arXiv:2309.15505
+    shape = (1, -1, *[1] * (z.ndim - 2))
+    count = torch.tensor(levels, dtype=z.dtype, device=z.device).reshape(shape)
+    half = (count - 1) * (1 + _SLACK) / 2
+    offset = 0.5 * (1 - count % 2)
+    return torch.tanh(z + torch.atanh(offset / half)) * half - offset
+
+
+def cells(z: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
+    """Return the integer coordinates of the cells that latents lie in, (B, D, ...) int64, from 0 on."""
+    first = torch.tensor([level // 2 for level in levels], device=z.device).reshape(1, -1, *[1] * (z.ndim - 2))
+    return bounded(z, levels).round().long() + first
+
+
+def to_index(coordinates: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
+    """Number cells: (B, D, ...) int64 -> (B, ...) int64 in [0, K); the first channel counts fastest."""
+    index = torch.zeros_like(coordinates[:, 0])
+    for n in reversed(range(len(levels))):
+        index = index * levels[n] + coordinates[:, n]
+    return index
+
+
+def codebook(levels: Sequence[int]) -> torch.Tensor:
+    """Return the vector of each cell, (K, D) float32 in [-1, 1], in the order of `to_index`.
+
+    Each coordinate is the rounded latent divided by half the number of levels, rounded down.
+    """
+    axes = [(torch.arange(level, dtype=torch.float32) - level // 2) / (level // 2) for level in levels]
+    # The last axis varies fastest in cartesian_prod: reversed on the way in and out.
+    grid = torch.cartesian_prod(*reversed(axes)).reshape(-1, len(levels))
+    return grid.flip(1).contiguous()
