@@ -19,7 +19,8 @@ from codec import tables
 from codec.errors import ModelError, UsageError
 from codec.latent_model import LatentModel, decoder_id, load_latent_model
 from codec.model_folder import ModelFolder
-from codec.pixels import to_float
+from codec.pixels import middle, to_float
+from codec.search_limit import N_IMAGES, search_below
 from codec.statistics import LatentStatistics, LatentSummary
 
 _COARSEST_BPP = 0.08  # the rate at q = 0
@@ -162,8 +163,9 @@ def adopt(folder: Path, images: Iterable[np.ndarray], n_images: int, device: tor
     model = load_latent_model(folder, device)
     if model.family == "vq":
         raise ModelError(f"{folder}: a VQModel; the codec does not code its codebook indices yet")
-    middles = (_middle(image, model.f) for image in images)
-    measured = measure(model, (image for image in middles if image.size), n_images)
+    kept: list[np.ndarray] = []
+    middles = (middle(image, model.f, _LARGEST_SIDE) for image in images)
+    measured = measure(model, keep_first((image for image in middles if image.size), kept), n_images)
     if measured is None:
         raise UsageError(f"{folder}: no training image of at least {model.f} x {model.f} pixels to fit tables to")
     mean, step = measured.summary.mean.astype(np.float32), measured.step
@@ -175,6 +177,7 @@ def adopt(folder: Path, images: Iterable[np.ndarray], n_images: int, device: tor
         "scaling_factor": model.scaling_factor,
         "shift_factor": model.shift_factor,
         "statistics": measured.summary.to_json(),
+        "search_below": search_below(model, kept, table_set, mean, step),
     }
     path = folder.resolve()
     return ModelFolder(
@@ -190,10 +193,12 @@ def adopt(folder: Path, images: Iterable[np.ndarray], n_images: int, device: tor
     )
 
 
-def _middle(image: np.ndarray, f: int) -> np.ndarray:
-    height, width = (min(_LARGEST_SIDE // f * f, side // f * f) for side in image.shape[:2])
-    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-    return image[top : top + height, left : left + width]
+def keep_first(images: Iterable[np.ndarray], kept: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Pass images on; `kept` takes the first ones, as many as `codec.search_limit` wants."""
+    for image in images:
+        if len(kept) < N_IMAGES:
+            kept.append(image)
+        yield image
 
 
 @contextmanager

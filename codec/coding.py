@@ -28,7 +28,8 @@ class Settings:
 
     Attributes:
         quality: 0 (coarsest) .. 100 (finest).
-        effort: 0 (rounding only) .. 9, how hard the encoder searches for cheaper integers.
+        effort: 0 (rounding only) .. 9, how hard the encoder searches for cheaper integers, at qualities where that
+            serves the model (`ModelFolder.search_below`).
         tile: side of a tile in latents, a power of two; 0 = one tile.
         modes: entropy coding modes to try; the smallest payload is kept, tile by tile.
     """
@@ -128,11 +129,10 @@ class Coder:
                 f"latents {z.shape}, expected {(folder.channels, *header.grid)} for {width} x {height} pixels"
             )
         table_set = folder.table_sets[folder.stream_id]
+        level = settings.effort if settings.quality < folder.search_below else 0
         tiles = []
         for number, (rows, columns) in enumerate(header.tiles()):
-            indices = effort.search(
-                z[:, rows, columns], folder.mean, folder.step, table_set, settings.quality, settings.effort
-            )
+            indices = effort.search(z[:, rows, columns], folder.mean, folder.step, table_set, settings.quality, level)
             mode, payload = table_set.encode(indices, settings.quality, settings.modes)
             tiles.append(Tile(int(mode), bitstream.tile_check(header, number, indices), payload))
         return Coded(bitstream.pack(header, tiles, chunks), settings.quality)

@@ -139,6 +139,11 @@ class ModelFolder:
         """The stream id of new files."""
         return next(reversed(list(self.table_sets)))
 
+    @property
+    def search_below(self) -> int:
+        """From this quality on the encoder's search does not serve the model (`codec.search_limit`); 101 = never."""
+        return int(self.info.get("search_below", 101))
+
 
 def is_model_folder(path: Path) -> bool:
     """Whether a folder looks like a model of the codec."""

@@ -46,3 +46,16 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 def round_to_8_bit(x: torch.Tensor) -> torch.Tensor:
     """Round float pixels in [-1, 1] to the 256 values that uint8 pixels have there, clamped; no gradient passes."""
     return ((x.detach() + 1.0) * 127.5).round().clamp(0, 255) / 127.5 - 1.0
+
+
+def middle(image: np.ndarray, f: int, side: int) -> np.ndarray:
+    """Cut the middle out of an image, at most `side` pixels a side, multiples of f; empty where a side is below f.
+
+    Args:
+        image: (H, W, C).
+        f: downsampling factor.
+        side: pixels, at least f.
+    """
+    height, width = (min(side // f * f, length // f * f) for length in image.shape[:2])
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]

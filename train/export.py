@@ -31,6 +31,7 @@ from codec.model_folder import ModelFolder
 from codec.pixels import to_float, to_uint8
 from codec.preview import Preview, PreviewFit
 from codec.runtime import Codec
+from codec.search_limit import search_below
 from codec.shards import SampleRef
 from codec.statistics import LatentStatistics
 from eval.metrics import psnr
@@ -104,14 +105,17 @@ def export_model(
     _set_scaling(network, config, measured, keep)
     model = latent_model(network)  # with the new normalisation
     preview = _preview(fit, model, mean_as_trained - measured.summary.mean)
-    real = whole_images(samples[:MAX_IMAGES], MAX_SIDE, model.f, [], image.count)
-    half = measure_half(network, [each for _, each in real])
+    real = [each for _, each in whole_images(samples[:MAX_IMAGES], MAX_SIDE, model.f, [], image.count)]
+    half = measure_half(network, real)
     _write_network(network, out, half)
     if discriminator is not None:
         _write_discriminator(discriminator, out / _DISCRIMINATOR)
     info = _info(model, config, record, (len(training), len(validation)))
     info |= {"statistics": measured.summary.to_json(), "preview": None if preview is None else preview.to_json()}
-    model_folder.write(out, info=info, **_tables(config, measured, learned=step is not None))
+    coding = _tables(config, measured, learned=step is not None)
+    if image.plain:  # the codec codes no others
+        info["search_below"] = search_below(model, real, coding["table_sets"][-1], coding["mean"], coding["step"])
+    model_folder.write(out, info=info, **coding)
     figures = _check(out, model, image, validation, bad) | {"n_bad_samples": len(bad)}
     figures |= export_drift(config, out, validation, training, device)
     if not figures.get("drift", {}).get("compatible", True):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from codec import pixels
 from codec.latent_model import LatentModel, latent_model
 from codec.pixels import to_float
 from eval.latent_fp16 import LARGEST, RISKY_SHARE, recording
@@ -195,10 +196,7 @@ def middle(image: np.ndarray, f: int) -> np.ndarray:
     """Cut the middle out of an image, its sides multiples of f; one that is smaller than f is repeated."""
     rows, columns = (-(-f // side) if side < f else 1 for side in image.shape[:2])
     image = np.tile(image, (rows, columns, 1))
-    side = min(MAX_SIDE, _MAX_GRID_SIDE * f) // f * f
-    height, width = (min(side, length // f * f) for length in image.shape[:2])
-    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-    return image[top : top + height, left : left + width]
+    return pixels.middle(image, f, min(MAX_SIDE, _MAX_GRID_SIDE * f))
 
 
 def _extremes(model: LatentModel, channels: int) -> list[np.ndarray]:
