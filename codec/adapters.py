@@ -21,6 +21,8 @@ from diffusers import (
 from codec import fsq
 from codec.errors import ModelError
 
+_MOST_DISTANCES = 1 << 22  # between latents and codebook vectors, held at once
+
 
 @dataclass(frozen=True)
 class Posterior:
@@ -349,8 +351,15 @@ class CodebookModel(_Adapter):
 
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
         """Return x_hat, (B, 3, h*f, w*f), of codebook indices, (B, h, w) int64 in [0, K)."""
-        z_q = self.codebook[indices].movedim(-1, 1)  # (B, D, h, w)
-        x_hat: torch.Tensor = self._vq.decode(z_q.contiguous(), force_not_quantize=True).sample
+        return self.decode_vectors(self.vectors(indices))
+
+    def vectors(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return z_q, (B, D, h, w), the codebook vectors of indices, (B, h, w) int64 in [0, K)."""
+        return self.codebook[indices].movedim(-1, 1).contiguous()
+
+    def decode_vectors(self, z_q: torch.Tensor) -> torch.Tensor:
+        """Return x_hat, (B, 3, h*f, w*f), of codebook vectors, (B, D, h, w), which are not quantised again."""
+        x_hat: torch.Tensor = self._vq.decode(z_q, force_not_quantize=True).sample
         return x_hat
 
     def indices(self, x: torch.Tensor) -> torch.Tensor:
@@ -358,12 +367,18 @@ class CodebookModel(_Adapter):
         return self.quantise(self.encode(x).mean)
 
     def quantise(self, z: torch.Tensor) -> torch.Tensor:
-        """Return the indices of the codebook vectors that raw latents become: (B, D, h, w) -> (B, h, w) int64."""
+        """Return the indices of the codebook vectors that raw latents become: (B, D, h, w) -> (B, h, w) int64.
+
+        In float32 whatever the autocast, a part of the positions at a time: (B*h*w, K) distances can be gigabytes.
+        """
+        z = z.detach().float()
         if self.fsq_levels:
-            return fsq.to_index(fsq.cells(z.float(), self.fsq_levels), self.fsq_levels)
-        _, _, (_, _, nearest) = self._vq.quantize(z)
-        indices: torch.Tensor = nearest.reshape(z.shape[0], *z.shape[2:])
-        return indices
+            return fsq.to_index(fsq.cells(z, self.fsq_levels), self.fsq_levels)
+        flat, codebook = z.movedim(1, -1).reshape(-1, z.shape[1]), self.codebook.detach().float()
+        with torch.autocast(z.device.type, enabled=False):
+            parts = torch.split(flat, max(1, _MOST_DISTANCES // len(codebook)))
+            nearest = torch.cat([torch.cdist(part, codebook).argmin(dim=1) for part in parts])
+        return nearest.reshape(z.shape[0], *z.shape[2:])
 
 
 ADAPTERS: dict[type[torch.nn.Module], Any] = {

@@ -1,11 +1,13 @@
 """A codec for an autoencoder that has none: its latents are measured on training images, tables fitted to them.
 
     network + training images -> latent statistics, steps -> entropy tables -> ModelFolder, in memory
+    VQModel + training images -> statistics, codebook indices -> index tables -> ModelFolder, in memory or written
 
-`codec-train export` measures with the same functions. Entries: `measure`, `adopt`.
+`codec-train export` measures with the same functions. Entries: `measure`, `adopt`; of a VQ model `measure_indices`,
+`write_vq`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from codec import tables
-from codec.errors import ModelError, UsageError
-from codec.latent_model import LatentModel, decoder_id, load_latent_model
+from codec import index_tables, model_folder, tables
+from codec.errors import UsageError
+from codec.index_tables import IndexTables
+from codec.latent_model import CodebookModel, LatentModel, decoder_id, load_latent_model
 from codec.model_folder import ModelFolder
 from codec.pixels import middle, to_float
 from codec.search_limit import N_IMAGES, search_below
@@ -95,14 +98,125 @@ def measure(
     if not kept:
         return None
     summary = statistics.summary()
-    if not summary.std.max() > 1e-8:  # not the global one, which constants that differ by channel would pass
-        raise UsageError("the latents of the training images do not vary: the model has collapsed")
+    _check_variation(summary)
     if step is None:
         z = np.concatenate([grid.reshape(model.channels, -1) for grid in kept], axis=1)
         step = coarsest_step(z, summary, model.f)
     assert step.shape == (model.channels,)
     assert (step > 0).all()
     return Measured(summary, step.astype(np.float32), kept, largest)
+
+
+@dataclass(frozen=True)
+class MeasuredIndices:
+    """What the training images say about a VQ model.
+
+    Attributes:
+        summary: moments of the raw latents, before they are quantised.
+        grids: (h, w) int32 codebook indices each, parts of the images', in the order of the images.
+        counts: (K,) int64, how often each code stands in the whole images.
+    """
+
+    summary: LatentSummary
+    grids: list[np.ndarray]
+    counts: np.ndarray
+
+    def usage(self) -> dict[str, Any]:
+        """Return how the codebook is used, for codec.json: K, tokens seen, codes used, their share, perplexity."""
+        n_tokens, n_used = int(self.counts.sum()), int((self.counts > 0).sum())
+        p = self.counts[self.counts > 0] / n_tokens
+        return {
+            "size": self.counts.size,
+            "n_tokens": n_tokens,
+            "n_used": n_used,
+            "usage": n_used / self.counts.size,
+            "perplexity": float(np.exp(-(p * np.log(p)).sum())),
+        }
+
+    def fit(self, model: CodebookModel) -> IndexTables:
+        """Return tables fitted to the indices."""
+        return index_tables.fit(self.grids, model.codebook.detach().float().cpu().numpy())
+
+
+def measure_indices(
+    model: CodebookModel,
+    images: Iterable[np.ndarray],
+    n_images: int,
+    *,
+    watch: Callable[[np.ndarray, np.ndarray], None] = lambda _z, _image: None,
+) -> MeasuredIndices | None:
+    """Encode training images, whole, and count the codebook indices that they become; see `measure`.
+
+    Args:
+        model: the network, in float32, wherever it lies.
+        images: (H, W, 3) uint8 each, sides multiples of f, in random order.
+        n_images: how many there are at most.
+        watch: called with each image's raw latents, (D, h, w) float32, and the image.
+
+    Returns:
+        None where there was no image.
+
+    Raises:
+        UsageError: the latents do not vary.
+    """
+    statistics = LatentStatistics(model.channels)
+    device = next(model.network.parameters()).device
+    rng = np.random.default_rng(0)
+    per_image = max(1, _MAX_TABLE_LATENTS // n_images)
+    counts = np.zeros(model.codebook_size, np.int64)
+    kept: list[np.ndarray] = []
+    for image in images:
+        with torch.inference_mode():
+            posterior = model.encode(to_float(image)[None].to(device))
+            grid = model.quantise(posterior.mean).cpu().numpy().astype(np.int32)  # (1, h, w)
+        statistics.update(posterior)
+        watch(posterior.mean[0].cpu().numpy(), image)
+        counts += np.bincount(grid.reshape(-1), minlength=counts.size)
+        kept.append(random_part(grid, per_image, rng)[0])
+    if not kept:
+        return None
+    summary = statistics.summary()
+    _check_variation(summary)
+    return MeasuredIndices(summary, kept, counts)
+
+
+def write_vq(
+    folder: Path, model: CodebookModel, measured: MeasuredIndices, info: Mapping[str, Any] | None = None
+) -> ModelFolder:
+    """Make a folder that diffusers has saved a VQModel to a model folder: write codec.json and codec.safetensors.
+
+    Args:
+        folder: the folder.
+        model: its network.
+        measured: on training images.
+        info: what else codec.json is to hold, or to hold instead; None = nothing. The name is the folder's otherwise.
+
+    Returns:
+        The folder, read back.
+    """
+    document = {"name": folder.resolve().name, **vq_info(model, measured), **(info or {})}
+    return model_folder.write_vq(folder, info=document, index_tables=[measured.fit(model)])
+
+
+def vq_info(model: CodebookModel, measured: MeasuredIndices) -> dict[str, Any]:
+    """Return what codec.json says of a VQ model and its codebook, all but the name."""
+    return {
+        "family": model.family,
+        "f": model.f,
+        "latent_channels": model.channels,
+        "receptive_field": model.receptive_field,
+        "decoder_id": decoder_id(model.network),
+        "scaling_factor": model.scaling_factor,
+        "shift_factor": model.shift_factor,
+        "codebook_size": model.codebook_size,
+        "codebook": measured.usage(),
+        "statistics": measured.summary.to_json(),
+    }
+
+
+def _check_variation(summary: LatentSummary) -> None:
+    if not summary.std.max() > 1e-8:  # not the global one, which constants that differ by channel would pass
+        raise UsageError("the latents of the training images do not vary: the model has collapsed")
 
 
 def random_part(z: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
@@ -145,7 +259,7 @@ def coarsest_step(z: np.ndarray, summary: LatentSummary, f: int) -> np.ndarray:
 
 
 def adopt(folder: Path, images: Iterable[np.ndarray], n_images: int, device: torch.device | str = "cpu") -> ModelFolder:
-    """Fit steps and entropy tables to the latents of an autoencoder; its folder is only read.
+    """Fit steps and entropy tables, or index tables, to the latents of an autoencoder; its folder is only read.
 
     Args:
         folder: of a diffusers autoencoder, or of a pipeline with one in `vae/`.
@@ -161,13 +275,14 @@ def adopt(folder: Path, images: Iterable[np.ndarray], n_images: int, device: tor
         UsageError: no image is large enough, or the latents do not vary.
     """
     model = load_latent_model(folder, device)
-    if model.family == "vq":
-        raise ModelError(f"{folder}: a VQModel; the codec does not code its codebook indices yet")
     kept: list[np.ndarray] = []
     middles = (middle(image, model.f, _LARGEST_SIDE) for image in images)
-    measured = measure(model, keep_first((image for image in middles if image.size), kept), n_images)
+    usable = keep_first((image for image in middles if image.size), kept)
+    if isinstance(model, CodebookModel):
+        return _adopt_vq(folder, model, measure_indices(model, usable, n_images))
+    measured = measure(model, usable, n_images)
     if measured is None:
-        raise UsageError(f"{folder}: no training image of at least {model.f} x {model.f} pixels to fit tables to")
+        raise _no_images(folder, model)
     mean, step = measured.summary.mean.astype(np.float32), measured.step
     table_set = tables.fit(measured.grids, mean, step)
     its_id = decoder_id(model.network)
@@ -179,10 +294,9 @@ def adopt(folder: Path, images: Iterable[np.ndarray], n_images: int, device: tor
         "statistics": measured.summary.to_json(),
         "search_below": search_below(model, kept, table_set, mean, step),
     }
-    path = folder.resolve()
     return ModelFolder(
         path=folder,
-        name=path.parent.name if path.name == "vae" else path.name,
+        name=_name(folder),
         f=model.f,
         channels=model.channels,
         mean=mean,
@@ -199,6 +313,33 @@ def keep_first(images: Iterable[np.ndarray], kept: list[np.ndarray]) -> Iterator
         if len(kept) < N_IMAGES:
             kept.append(image)
         yield image
+
+
+def _adopt_vq(folder: Path, model: CodebookModel, measured: MeasuredIndices | None) -> ModelFolder:
+    if measured is None:
+        raise _no_images(folder, model)
+    fitted, info = measured.fit(model), vq_info(model, measured)
+    return ModelFolder(
+        path=folder,
+        name=_name(folder),
+        f=model.f,
+        channels=model.channels,
+        mean=np.empty(0, np.float32),
+        step=np.empty(0, np.float32),
+        table_sets={},
+        index_tables={fitted.digest(): fitted},
+        decoder_id=info["decoder_id"],
+        info=info,
+    )
+
+
+def _no_images(folder: Path, model: LatentModel) -> UsageError:
+    return UsageError(f"{folder}: no training image of at least {model.f} x {model.f} pixels to fit tables to")
+
+
+def _name(folder: Path) -> str:
+    path = folder.resolve()
+    return path.parent.name if path.name == "vae" else path.name
 
 
 @contextmanager

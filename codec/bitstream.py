@@ -30,7 +30,9 @@ MAX_TILE = 1 << 10  # latents a side
 MAX_TILE_AREA = MAX_TILE**2  # positions, of a single tile too: what reading a tile needs grows with it
 
 TILE = 16  # a tile chunk's type is TILE + its entropy mode
-MODES = 3  # entropy modes 0..2: raw, static, context
+LATENT_MODES = frozenset(range(3))  # entropy modes of integer latents: raw, static, context
+CODE_MODES = frozenset(range(4, 8))  # of codebook indices: fixed, static, adaptive, context
+MODES = LATENT_MODES | CODE_MODES
 ALPHA = 1
 INFO = 129
 ICC = 130
@@ -56,7 +58,7 @@ class Header:
     Attributes:
         stream_id: 16 hex digits; which mean, step and tables its latents were coded with. Must be known to decode.
         decoder_id: 16 hex digits; which decoder the encoder's model had.
-        quality: 0 (coarsest) .. 100 (finest).
+        quality: 0 (coarsest) .. 100 (finest); 0 in files of codebook indices, whose quality is the model's.
         width: pixels, 1..65535.
         height: pixels, 1..65535.
         f: downsampling factor, a power of two, 1..256.
@@ -116,7 +118,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Tile:
-    """The coded latents of one tile: entropy mode 0..2, `tile_check` of the latents, and the coder's bytes."""
+    """The coded latents of one tile: entropy mode, one of MODES, `tile_check` of the latents, and the coder's bytes."""
 
     mode: int
     check: int
@@ -166,7 +168,7 @@ def tile_check(header: Header, number: int, indices: npt.NDArray[np.int32]) -> i
     Args:
         header: of the file.
         number: of the tile, counted from 0 in the order of `header.tiles()`.
-        indices: (D, rows, columns) integer latents of the tile.
+        indices: (D, rows, columns) integer latents of the tile, or (1, rows, columns) codebook indices.
     """
     start = zlib.crc32(struct.pack("<I", number), zlib.crc32(_pack_header(header)))
     return zlib.crc32(np.ascontiguousarray(indices, dtype="<i4").tobytes(), start) & 0xFFFFFF
@@ -190,8 +192,8 @@ def pack(header: Header, tiles: Sequence[Tile], chunks: Sequence[Chunk] = ()) ->
         raise ValueError(f"chunk types {kinds}, expected known or ancillary ones, each once")
     parts = [_pack_header(header)]
     for tile in tiles:
-        if not 0 <= tile.mode < MODES or not 0 <= tile.check < 1 << 24:
-            raise ValueError(f"tile of mode {tile.mode} and check {tile.check}, expected 0..{MODES - 1} and 24 bits")
+        if tile.mode not in MODES or not 0 <= tile.check < 1 << 24:
+            raise ValueError(f"tile of mode {tile.mode} and check {tile.check}, expected {sorted(MODES)} and 24 bits")
         parts.append(_pack_chunk(TILE + tile.mode, tile.check.to_bytes(CHECK_BYTES, "little") + tile.payload))
     parts += [_pack_chunk(chunk.kind, chunk.body) for chunk in sorted(chunks, key=lambda chunk: chunk.kind)]
     body = b"".join(parts)
@@ -325,7 +327,7 @@ def walk(data: bytes, position: int, end: int) -> Iterator[Span]:
 
 def parse_tile(kind: int, body: bytes) -> Tile:
     """Return the tile of a chunk whose type is in TILE_KINDS; FormatError: an unknown mode, or too short."""
-    if kind - TILE >= MODES:
+    if kind - TILE not in MODES:
         raise FormatError(f"entropy mode {kind - TILE}, which this program does not know: a newer one is needed")
     if len(body) < CHECK_BYTES:
         raise FormatError(f"damaged: a tile of {len(body)} bytes, expected at least {CHECK_BYTES}")

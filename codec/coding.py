@@ -3,7 +3,8 @@
     z -> indices -> tiles -> mode and payload of each -> container           code, code_within
     file -> tiles -> indices, every sum checked -> z_q                       read, rescue, dequantise
 
-FORMAT.md is the law. Processes that share the work of a folder each hold a `Coder`.
+The network of a VQ model gives and takes codebook indices, (1, h, w) int32: they stand for both z and z_q. FORMAT.md
+is the law. Processes that share the work of a folder each hold a `Coder`.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from codec import bitstream, effort, salvage, tables
+from codec import bitstream, effort, salvage
 from codec.bitstream import Chunk, Contents, Header, Tile
 from codec.errors import FormatError, ModelError
+from codec.index_tables import IndexMode, IndexTables
 from codec.model_folder import ModelFolder
 from codec.regions import lost_pixels
-from codec.tables import Mode, TableSet
+from codec.tables import QUALITIES, Mode, TableSet
 
 DEFAULT_EFFORT = 1  # a third of the coder's time again, for up to a sixth of the bytes
 TILE = 64  # latents a side; tiles are coded apart, so damage stays in one and a region needs few (costs under 0.1 %)
@@ -27,17 +29,17 @@ class Settings:
     """How latents become a file.
 
     Attributes:
-        quality: 0 (coarsest) .. 100 (finest).
+        quality: 0 (coarsest) .. 100 (finest); not for a VQ model, whose files have the model's own.
         effort: 0 (rounding only) .. 9, how hard the encoder searches for cheaper integers, at qualities where that
-            serves the model (`ModelFolder.search_below`).
+            serves the model (`ModelFolder.search_below`); not for a VQ model.
         tile: side of a tile in latents, a power of two; 0 = one tile.
-        modes: entropy coding modes to try; the smallest payload is kept, tile by tile.
+        modes: entropy coding modes to try, those for the model's latents; the smallest payload is kept, tile by tile.
     """
 
     quality: int = bitstream.DEFAULT_QUALITY
     effort: int = DEFAULT_EFFORT
     tile: int = TILE
-    modes: tuple[Mode, ...] = tuple(Mode)
+    modes: tuple[Mode | IndexMode, ...] = (*Mode, *IndexMode)
 
     def __post_init__(self) -> None:
         if self.quality not in range(101):
@@ -46,8 +48,8 @@ class Settings:
             raise ValueError(f"effort {self.effort}, expected 0..9")
         if self.tile and self.tile not in (2**k for k in range(11)):
             raise ValueError(f"tile {self.tile}, expected 0 or a power of two, at most 1024")
-        if not self.modes or not all(isinstance(mode, Mode) for mode in self.modes):
-            raise ValueError(f"modes {self.modes}, expected some of {[*Mode]}")
+        if not self.modes or not all(isinstance(mode, Mode | IndexMode) for mode in self.modes):
+            raise ValueError(f"modes {self.modes}, expected some of {[*Mode, *IndexMode]}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Coded:
 
     Attributes:
         data: its bytes.
-        quality: the quality that it was coded at.
+        quality: the quality that it was coded at; 0 for a VQ model.
     """
 
     data: bytes
@@ -69,7 +71,8 @@ class Rescued:
 
     Attributes:
         header: what the file says about itself.
-        z: (D, h, w) float32 raw latents; lost ones are the channel means.
+        z: (D, h, w) float32 raw latents; lost ones are the channel means. Of a VQ model (1, h, w) int32 codebook
+            indices; lost ones are its commonest code.
         lost: rows and columns of latents of each lost tile.
         chunks: what else was whole.
         damage: a sentence for each thing that is wrong.
@@ -104,7 +107,8 @@ class Coder:
         """Code the latents of one image.
 
         Args:
-            z: (D, h, w) float32 raw latents, h = ceil(height / f), w = ceil(width / f).
+            z: (D, h, w) float32 raw latents, h = ceil(height / f), w = ceil(width / f); of a VQ model (1, h, w) int32
+                codebook indices.
             width: pixels of the image.
             height: pixels.
             settings: quality and the rest.
@@ -112,30 +116,58 @@ class Coder:
 
         Raises:
             FormatError: larger than the format can hold.
-            ValueError: the latents are not finite.
+            ValueError: the latents are not finite, an index is beyond the codebook, or none of the modes is for them.
         """
         folder = self.folder
         header = Header(
             stream_id=folder.stream_id,
             decoder_id=self._decoder_id,
-            quality=settings.quality,
+            quality=0 if folder.codebook_size else settings.quality,
             width=width,
             height=height,
             f=folder.f,
             tile=settings.tile if max(z.shape[1:]) > settings.tile else 0,
         )
-        if z.shape != (folder.channels, *header.grid):
-            raise ValueError(
-                f"latents {z.shape}, expected {(folder.channels, *header.grid)} for {width} x {height} pixels"
-            )
-        table_set = folder.table_sets[folder.stream_id]
-        level = settings.effort if settings.quality < folder.search_below else 0
+        expected = (self._n_planes, *header.grid)
+        if z.shape != expected:
+            raise ValueError(f"latents {z.shape}, expected {expected} for {width} x {height} pixels")
+        encode = self._encode_indices if folder.codebook_size else self._encode_latents
         tiles = []
         for number, (rows, columns) in enumerate(header.tiles()):
-            indices = effort.search(z[:, rows, columns], folder.mean, folder.step, table_set, settings.quality, level)
-            mode, payload = table_set.encode(indices, settings.quality, settings.modes)
-            tiles.append(Tile(int(mode), bitstream.tile_check(header, number, indices), payload))
-        return Coded(bitstream.pack(header, tiles, chunks), settings.quality)
+            mode, payload, indices = encode(z[:, rows, columns], settings)
+            tiles.append(Tile(mode, bitstream.tile_check(header, number, indices), payload))
+        return Coded(bitstream.pack(header, tiles, chunks), header.quality)
+
+    @property
+    def _n_planes(self) -> int:
+        return 1 if self.folder.codebook_size else self.folder.channels
+
+    def _encode_latents(self, z: np.ndarray, settings: Settings) -> tuple[int, bytes, np.ndarray]:
+        """Return mode, payload and indices of one tile."""
+        folder = self.folder
+        table_set = folder.table_sets[folder.stream_id]
+        modes = [mode for mode in settings.modes if isinstance(mode, Mode)]
+        if not modes:
+            raise ValueError(f"modes {settings.modes}, expected some of {[*Mode]} for {folder.name}")
+        level = settings.effort if settings.quality < folder.search_below else 0
+        indices = effort.search(z, folder.mean, folder.step, table_set, settings.quality, level)
+        mode, payload = table_set.encode(indices, settings.quality, modes)
+        return int(mode), payload, indices
+
+    def _encode_indices(self, indices: np.ndarray, settings: Settings) -> tuple[int, bytes, np.ndarray]:
+        """Return the same of codebook indices, which are kept as they are."""
+        folder = self.folder
+        tables = folder.index_tables[folder.stream_id]
+        modes = [mode for mode in settings.modes if isinstance(mode, IndexMode)]
+        if not modes:
+            raise ValueError(f"modes {settings.modes}, expected some of {[*IndexMode]} for {folder.name}")
+        if not np.issubdtype(indices.dtype, np.integer):
+            raise ValueError(f"{indices.dtype} for {folder.name}, expected codebook indices")
+        if not 0 <= int(indices.min()) <= int(indices.max()) < tables.codebook_size:
+            raise ValueError(f"an index beyond the codebook of {tables.codebook_size} vectors of {folder.name}")
+        indices = indices.astype(np.int32)
+        mode, payload = tables.encode(indices, modes)
+        return int(mode), payload, indices
 
     def code_within(
         self,
@@ -149,13 +181,18 @@ class Coder:
         """Code at the highest quality whose whole file has at most `limit_bytes` bytes; see `code`.
 
         Only the coder repeats (bisection over q). Where even q = 0 is larger, that file is returned.
+
+        Raises:
+            ValueError: a VQ model, which has one quality.
         """
+        if self.folder.codebook_size:
+            raise ValueError(f"{self.folder.name} is a VQ model: its quality is its own, no size can be asked for")
 
         def at(quality: int) -> Coded:
             return self.code(z, width, height, replace(settings, quality=quality), chunks)
 
         best = at(0)
-        low, high = 0, tables.QUALITIES  # low fits, or is all there is; high does not
+        low, high = 0, QUALITIES  # low fits, or is all there is; high does not
         while len(best.data) <= limit_bytes and high - low > 1:
             middle = (low + high) // 2
             found = at(middle)
@@ -165,7 +202,7 @@ class Coder:
                 high = middle
         return best
 
-    def table_set(self, header: Header) -> TableSet:
+    def tables(self, header: Header) -> TableSet | IndexTables:
         """Return the tables of a file.
 
         Raises:
@@ -173,13 +210,15 @@ class Coder:
             FormatError: the file says another downsampling factor than its stream's model has.
         """
         folder = self.folder
-        found = folder.table_sets.get(header.stream_id)
+        found = folder.streams.get(header.stream_id)
         if found is None:
             raise ModelError(
                 f"made with another model: it needs stream {header.stream_id}, {folder.name} has {folder.stream_id}"
             )
         if header.f != folder.f:
             raise FormatError(f"damaged: it says f {header.f}, its model has f {folder.f}")
+        if folder.codebook_size and header.quality:
+            raise FormatError(f"damaged: quality {header.quality} in a file of codebook indices, expected 0")
         return found
 
     def read(self, contents: Contents, region: tuple[slice, slice] | None = None) -> np.ndarray:
@@ -190,25 +229,31 @@ class Coder:
             region: rows and columns of latents that are wanted; tiles outside stay 0 and are not read.
 
         Returns:
-            (D, h, w) int32.
+            (D, h, w) int32; of a VQ model (1, h, w).
 
         Raises:
             ModelError: this model does not know the file's stream.
             FormatError: a tile is damaged.
         """
-        header, table_set = contents.header, self.table_set(contents.header)
-        indices = np.zeros((self.folder.channels, *header.grid), np.int32)
+        header, tables = contents.header, self.tables(contents.header)
+        indices = np.zeros((self._n_planes, *header.grid), np.int32)
         places = header.tiles()
         if len(places) != len(contents.tiles):
             raise FormatError(f"damaged: {len(contents.tiles)} tiles, expected {len(places)}")
         for number, ((rows, columns), tile) in enumerate(zip(places, contents.tiles, strict=True)):
             if region is None or (_overlap(rows, region[0]) and _overlap(columns, region[1])):
-                indices[:, rows, columns] = _read_tile(table_set, header, number, (rows, columns), tile)
+                indices[:, rows, columns] = _read_tile(tables, header, number, (rows, columns), tile)
         return indices
 
     def dequantise(self, header: Header, indices: np.ndarray) -> np.ndarray:
-        """Return the raw latents z_q, (D, h, w) float32, that a file's integers stand for."""
-        return self.table_set(header).dequantise(indices, header.quality, self.folder.mean, self.folder.step)
+        """Return what the network decodes: the raw latents z_q, (D, h, w) float32, that a file's integers stand for.
+
+        Codebook indices are returned as they are: their vectors belong to the network.
+        """
+        found = self.tables(header)
+        if isinstance(found, IndexTables):
+            return indices
+        return found.dequantise(indices, header.quality, self.folder.mean, self.folder.step)
 
     def rescue(self, data: bytes) -> Rescued:
         """Read what can be read of a damaged file.
@@ -217,39 +262,46 @@ class Coder:
             ModelError: this model does not know the file's stream.
             FormatError: not even the header can be believed, or no tile is whole.
         """
-        found = salvage.salvage(data)
-        header, table_set = found.header, self.table_set(found.header)
-        places = header.tiles()
-        z = np.empty((self.folder.channels, *header.grid), np.float32)
-        z[:] = self.folder.mean[:, None, None]
+        modes = bitstream.CODE_MODES if self.folder.codebook_size else bitstream.LATENT_MODES
+        found = salvage.salvage(data, modes)
+        header, tables = found.header, self.tables(found.header)
+        places, damage = header.tiles(), list(found.damage)
+        if isinstance(tables, IndexTables):
+            z = np.full((1, *header.grid), tables.commonest, np.int32)
+        else:
+            z = np.empty((self.folder.channels, *header.grid), np.float32)
+            z[:] = self.folder.mean[:, None, None]
         lost = []
         for number, (rows, columns) in enumerate(places):
             tile = found.tiles[number] if number < len(found.tiles) else None
             try:
                 if tile is None:
                     raise FormatError("lost")
-                indices = _read_tile(table_set, header, number, (rows, columns), tile)
+                indices = _read_tile(tables, header, number, (rows, columns), tile)
             except FormatError:
                 lost.append((rows, columns))
                 continue
-            z[:, rows, columns] = table_set.dequantise(indices, header.quality, self.folder.mean, self.folder.step)
+            z[:, rows, columns] = self.dequantise(header, indices)
         if len(lost) == len(places):
             raise FormatError("damaged beyond rescue: no part of the image is whole")
-        return Rescued(header, z, tuple(lost), tuple(found.chunks), tuple(found.damage))
+        if lost and isinstance(tables, IndexTables):
+            damage.append(f"lost parts are filled with the commonest code of the model, {tables.commonest}")
+        return Rescued(header, z, tuple(lost), tuple(found.chunks), tuple(damage))
 
 
 def _overlap(one: slice, other: slice) -> bool:
     return bool(one.start < other.stop and other.start < one.stop)
 
 
-def _read_tile(table_set: TableSet, header: Header, number: int, place: tuple[slice, slice], tile: Tile) -> np.ndarray:
+def _read_tile(
+    tables: TableSet | IndexTables, header: Header, number: int, place: tuple[slice, slice], tile: Tile
+) -> np.ndarray:
     rows, columns = place
-    try:
-        mode = Mode(tile.mode)
-    except ValueError as exception:
-        raise FormatError(f"tile {number}: entropy mode {tile.mode} is unknown") from exception
     shape = (rows.stop - rows.start, columns.stop - columns.start)
-    indices = table_set.decode(mode, tile.payload, shape, header.quality)
+    if isinstance(tables, IndexTables):
+        indices = tables.decode(tile.mode, tile.payload, shape)
+    else:
+        indices = tables.decode(tile.mode, tile.payload, shape, header.quality)
     if bitstream.tile_check(header, number, indices) != tile.check:
         raise FormatError(f"damaged: the check of tile {number} does not match its latents")
     return indices

@@ -35,7 +35,7 @@ class _Read:
     Attributes:
         folder: of the model that is to decode it.
         header: what the file says.
-        z: (D, h, w) float32 raw latents.
+        z: what the network decodes: (D, h, w) float32 raw latents, or (1, h, w) int32 indices of a VQ model.
         chunks: alpha, profile, metadata.
         size_bytes: of the file.
         damage: what is wrong and lost, in words; None for a whole file.

@@ -35,7 +35,16 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Made:
-    """An image that went through the network; travels to other processes without its pixels."""
+    """An image that went through the network; travels to other processes without its pixels.
+
+    Attributes:
+        z: what the coder takes: raw latents (D, h, w) float32, or of a VQ model codebook indices (1, h, w) int32.
+        width: pixels.
+        height: pixels.
+        chunks: what else belongs into the file.
+        source_bytes: of the image file.
+        notes: what the user should hear.
+    """
 
     z: np.ndarray
     width: int
@@ -94,7 +103,7 @@ def encode(
             "--quality",
             min=0,
             max=100,
-            help=f"0 smallest files .. 100 best images. Default: {bitstream.DEFAULT_QUALITY}.",
+            help=f"0 smallest files .. 100 best images; not for VQ models. Default: {bitstream.DEFAULT_QUALITY}.",
         ),
     ] = None,
     target_bpp: Annotated[
@@ -106,8 +115,13 @@ def encode(
         typer.Option(min=0, help="Instead of -q: the best with at most this many kB (1000 bytes) per file."),
     ] = None,
     effort: Annotated[
-        int, typer.Option(min=0, max=9, help="0 fastest .. 9 smallest files at the same quality.")
-    ] = DEFAULT_EFFORT,
+        int | None,
+        typer.Option(
+            min=0,
+            max=9,
+            help=f"0 fastest .. 9 smallest files at the same quality; not for VQ models. Default: {DEFAULT_EFFORT}.",
+        ),
+    ] = None,
     strip: Annotated[
         bool, typer.Option("--strip", help="Leave out EXIF, XMP and colour profile; colours become sRGB.")
     ] = False,
@@ -132,9 +146,12 @@ def encode(
     found = batch.find(sources, images.EXTENSIONS, "images")
     items = batch.plan(found, out, bitstream.SUFFIX)
     folder = model_folder.read(model_folder.resolve(model))
+    if folder.codebook_size:
+        given = {"-q": quality, "--target-bpp": target_bpp, "--target-kb": target_kb, "--effort": effort}
+        _refuse_for_vq(folder.name, given)
     report, todo = Report.start(launch, items, Existing.of(skip_existing, overwrite), _is_whole)
     facts: dict[str, Any] = {"model": folder.name, "stream_id": folder.stream_id}
-    if target_bpp is None and target_kb is None:
+    if target_bpp is None and target_kb is None and not folder.codebook_size:
         facts["quality"] = quality = bitstream.DEFAULT_QUALITY if quality is None else quality
     if todo:
         from codec.runtime import Codec  # after the checks: torch takes seconds to import
@@ -154,7 +171,7 @@ def encode(
         finish = _Finish(
             folder.path,
             codec.decoder_id,
-            Settings(quality=quality or 0, effort=effort),
+            Settings(quality=quality or 0, effort=DEFAULT_EFFORT if effort is None else effort),
             target_bpp,
             None if target_kb is None else round(target_kb * 1000),
         )
@@ -167,13 +184,23 @@ def encode(
 
         def network(_: Item, got: _Read) -> _Made:
             height, width = got.pixels.shape[:2]
-            return _Made(codec.engine.encode(got.pixels), width, height, got.chunks, got.source_bytes, got.notes)
+            return _Made(
+                codec.engine.encode_for_coder(got.pixels), width, height, got.chunks, got.source_bytes, got.notes
+            )
 
         n_jobs = batch.n_jobs(jobs, todo)
         with batch.workers(n_jobs) as (threads, coders), report.progress("encoding"):
             for outcome in pipelined(todo, read, network, finish, readers=threads, writers=coders, ahead=n_jobs):
                 report.add(outcome)
     return report.finish("images", facts, as_json, out == batch.STREAM)
+
+
+def _refuse_for_vq(name: str, given: dict[str, Any]) -> None:
+    """Raise UsageError for the options that ask a VQ model for another quality or size than its own."""
+    for option, value in given.items():
+        if value is not None:
+            what = "there is nothing to search for" if option == "--effort" else "its quality is its own"
+            raise UsageError(f"{option}: {name} is a VQ model, {what}; leave it out, or take another model")
 
 
 def _is_whole(path: Path) -> bool:

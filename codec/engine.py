@@ -1,6 +1,7 @@
 """Runs a model's network on images of any size: which precision, whole or tiled, and what to do when that fails.
 
     image (H, W, 3) uint8 -> encode -> z, raw (D, h, w) float32 -> decode -> image
+                             VQ: encode_for_coder -> codebook indices (1, h, w) int32 -> decode
 
 What decides about tiles is the size of the image and the machine, never what happens to be free at the moment: the
 two ways differ in the last bits, and encoding twice must give the same bytes.
@@ -16,7 +17,7 @@ import torch
 
 from codec import fast, memory, tiled
 from codec.errors import ModelError, NonFiniteError, UsageError, ran_out_of_memory
-from codec.latent_model import LatentModel, Posterior, decoder_id, latent_model, load_network
+from codec.latent_model import CodebookModel, LatentModel, Posterior, decoder_id, latent_model, load_network
 from codec.pixels import to_float, to_uint8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -137,6 +138,20 @@ class Engine:
             return self._careful("encode", None, in_tiles)
         return self._careful("encode", lambda model: _encode_whole(model, image, self.device), in_tiles)
 
+    def encode_for_coder(self, image: np.ndarray) -> np.ndarray:
+        """Return what `codec.coding.Coder` takes: the raw latents of an image, see `encode`.
+
+        Of a VQModel its codebook indices instead, (1, h, w) int32, whatever the type that its encoder computes in
+        found in float32.
+        """
+        z = self.encode(image)
+        return self._indices(self.model, z) if isinstance(self.model, CodebookModel) else z
+
+    def _indices(self, model: CodebookModel, z: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            indices: np.ndarray = model.quantise(torch.from_numpy(z)[None].to(self.device)).cpu().numpy()
+        return indices.astype(np.int32)
+
     def posterior(self, image: np.ndarray) -> Posterior:
         """Return the raw posterior of an image that goes through whole, see `fits`: neither tiles nor second tries.
 
@@ -155,7 +170,7 @@ class Engine:
         """Return the image of raw latents.
 
         Args:
-            z: (D, h, w) float32.
+            z: (D, h, w) float32, or of a VQModel the indices of `encode_for_coder`; its raw latents are quantised.
             height: pixels of the image that was encoded.
             width: pixels.
             region: (left, top, width, height) in pixels, inside the image; None = all of it.
@@ -166,6 +181,7 @@ class Engine:
         Raises:
             NonFiniteError: even in float32 the image is not finite.
         """
+        z = self._vectors(self.model, z) if isinstance(self.model, CodebookModel) else z
 
         def in_tiles(dtype: torch.dtype) -> np.ndarray:
             return tiled.decode(
@@ -178,6 +194,12 @@ class Engine:
         return self._careful(
             "decode", lambda model: _crop(_decode_whole(model, z, height, width, self.device), region), in_tiles
         )
+
+    def _vectors(self, model: CodebookModel, z: np.ndarray) -> np.ndarray:
+        indices = z if np.issubdtype(z.dtype, np.integer) else self._indices(model, z)
+        with torch.inference_mode():
+            z_q: np.ndarray = model.vectors(torch.from_numpy(indices.astype(np.int64)).to(self.device))[0].cpu().numpy()
+        return z_q
 
     def _careful(
         self,
@@ -240,7 +262,8 @@ def _encode_whole(model: LatentModel, image: np.ndarray, device: torch.device) -
 
 
 def _decode_whole(model: LatentModel, z: np.ndarray, height: int, width: int, device: torch.device) -> np.ndarray:
-    x_hat = model.decode(torch.from_numpy(z)[None].to(device))[0]
+    decode = model.decode_vectors if isinstance(model, CodebookModel) else model.decode
+    x_hat = decode(torch.from_numpy(z)[None].to(device))[0]
     if not bool(torch.isfinite(x_hat).all()):
         raise NonFiniteError("the image is not finite")
     return np.ascontiguousarray(to_uint8(x_hat)[:height, :width])

@@ -12,6 +12,7 @@ from codec.bitstream import Contents
 from codec.coding import Coder
 from codec.console import Exit
 from codec.errors import FormatError, ModelError
+from codec.index_tables import IndexMode
 from codec.tables import Mode
 
 INFO_EPILOG = "Example: codec info coded/photo.jpg.lcx"
@@ -37,19 +38,22 @@ def info(sources: Files, as_json: Lines = False) -> int:
     failures: list[str] = []
     for path, data, contents in _read(sources, failures):
         header = contents.header
+        modes = {tile.mode for tile in contents.tiles}
+        is_vq = bool(modes & bitstream.CODE_MODES)
         fields: dict[str, Any] = {
             "path": str(path),
             "format_version": bitstream.VERSION,
             "width": header.width,
             "height": header.height,
-            "quality": header.quality,
+            "latents": "codebook indices" if is_vq else "integers",
+            "quality": None if is_vq else header.quality,
             "size_bytes": len(data),
             "bpp": round(8 * len(data) / (header.width * header.height), 5),
             "payload_bytes": sum(len(tile.payload) for tile in contents.tiles),
             "downsampling_factor": header.f,
             "tiles": header.n_tiles,
             "tile_side": header.tile,
-            "modes": sorted({Mode(tile.mode).name.lower() for tile in contents.tiles}),
+            "modes": sorted(_mode_name(mode) for mode in modes),
             **pictures.describe(contents.chunks),
             "stream_id": header.stream_id,
             "decoder_id": header.decoder_id,
@@ -61,7 +65,13 @@ def info(sources: Files, as_json: Lines = False) -> int:
     return Exit.SOME_FAILED if failures else Exit.OK
 
 
+def _mode_name(mode: int) -> str:
+    return (IndexMode(mode) if mode in bitstream.CODE_MODES else Mode(mode)).name.lower()
+
+
 def _words(value: Any) -> str:
+    if value is None:
+        return "the model's own"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return " ".join(value) if isinstance(value, list) else str(value)
@@ -96,8 +106,9 @@ def models() -> int:
     """List the models that -m and decode find by name or id: those under $CODEC_MODELS, then the package's own."""
     folders = matching.installed()
     for folder in folders:
-        ids = f"stream {','.join(folder.table_sets)}  decoder {folder.decoder_id}"
-        print(f"{folder.name}  f{folder.f} c{folder.channels}  {ids}  {folder.path}")
+        ids = f"stream {','.join(folder.streams)}  decoder {folder.decoder_id}"
+        k = f" k{folder.codebook_size}" if folder.codebook_size else ""
+        print(f"{folder.name}  f{folder.f} c{folder.channels}{k}  {ids}  {folder.path}")
     if not folders:
         places = ", ".join(str(place) for place in model_folder.search_path())
         print(f"no models in {places}; name a folder of models in ${model_folder.MODELS_VARIABLE}")

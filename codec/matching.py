@@ -49,7 +49,7 @@ def match(header: Header, folders: Sequence[ModelFolder], strict: bool = False) 
     Raises:
         ModelError: none will do.
     """
-    knowing = [folder for folder in folders if header.stream_id in folder.table_sets]
+    knowing = [folder for folder in folders if header.stream_id in folder.streams]
     for folder in knowing:
         if folder.decoder_id == header.decoder_id:
             return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderTiny, VQModel
+from diffusers import AutoencoderDC, AutoencoderTiny
 
 from codec import fast, plan, tiled_tiny
 from codec.errors import ModelError
@@ -61,10 +61,8 @@ def estimate(
         if tiled:
             return _kl_tiled(coder, f, n_pixels, item_bytes, budget_bytes)
         return _kl(network, coder, f, n_pixels, item_bytes)
-    if isinstance(network, VQModel | AutoencoderDC) and tiled:
+    if isinstance(network, AutoencoderDC) and tiled:
         raise ModelError(f"a {type(network).__name__} cannot be run in stripes")
-    if isinstance(network, VQModel):
-        return _kl(network, coder, f, n_pixels, item_bytes)
     if isinstance(network, AutoencoderDC):
         return _dc(network, what, n_pixels, item_bytes)
     if not isinstance(network, AutoencoderTiny):

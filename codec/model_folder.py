@@ -1,7 +1,8 @@
 """A model folder: a diffusers folder with the entropy tables, ids and statistics of the codec beside the weights.
 
     config.json, diffusion_pytorch_model.safetensors    diffusers' own; `from_pretrained` works as it is
-    codec.json, codec.safetensors                       name, ids, statistics; mean, step and integer table sets
+    codec.json, codec.safetensors                       name, ids, statistics; mean, step and integer table sets,
+                                                        or the index tables of a VQ model
     README.md                                           model card
 
 Reads everything but the weights without torch, so that `codec models` starts fast.
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save
 
 from codec.errors import ModelError
 from codec.files import write_atomic
+from codec.index_tables import IndexTables
 from codec.tables import TableSet
 
 CODEC_JSON = "codec.json"
@@ -117,9 +119,10 @@ class ModelFolder:
         name: short name, the folder's unless codec.json says otherwise.
         f: downsampling factor.
         channels: D.
-        mean: (D,) float32, the raw latent that index 0 stands for.
-        step: (D,) float32, the quantiser's step at q = 0.
-        table_sets: stream id -> tables, oldest first; new files use the last one.
+        mean: (D,) float32, the raw latent that index 0 stands for; empty for a VQ model.
+        step: (D,) float32, the quantiser's step at q = 0; empty for a VQ model.
+        table_sets: stream id -> tables, oldest first; new files use the last one. Empty for a VQ model.
+        index_tables: the same of a VQ model; empty for the others.
         decoder_id: 16 hex digits.
         info: the whole of codec.json.
     """
@@ -133,11 +136,22 @@ class ModelFolder:
     table_sets: Mapping[str, TableSet]
     decoder_id: str
     info: Mapping[str, Any]
+    index_tables: Mapping[str, IndexTables] = field(default_factory=dict)
+
+    @property
+    def codebook_size(self) -> int | None:
+        """K of a VQ model, whose files hold codebook indices; None for the others."""
+        return next((tables.codebook_size for tables in self.index_tables.values()), None)
+
+    @property
+    def streams(self) -> Mapping[str, TableSet | IndexTables]:
+        """All tables by stream id, oldest first."""
+        return {**self.table_sets, **self.index_tables}
 
     @property
     def stream_id(self) -> str:
         """The stream id of new files."""
-        return next(reversed(list(self.table_sets)))
+        return next(reversed(list(self.streams)))
 
     @property
     def search_below(self) -> int:
@@ -167,19 +181,26 @@ def read(path: Path) -> ModelFolder:
             advice = ": export the model again with codec-train" if version < FOLDER_VERSION else ""
             raise ModelError(f"{path}: folder version {version}, this program reads {FOLDER_VERSION}{advice}")
         tensors = load_file(path / CODEC_TENSORS)
-        mean, step = tensors["mean"], tensors["step"]
-        table_sets = {}
+        if "codebook_size" in info:
+            mean = step = np.empty(0, np.float32)
+        else:
+            mean, step = tensors["mean"], tensors["step"]
+        table_sets: dict[str, TableSet] = {}
+        index_tables: dict[str, IndexTables] = {}
         for n, stream_id in enumerate(info["stream_ids"]):
             prefix = f"tables.{n}."
-            tables = TableSet.from_tensors(
-                {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            )
-            if tables.channels != mean.size or tables.digest(mean, step) != stream_id:
+            parts = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            if "codebook_size" in info:
+                index_tables[stream_id] = tables = IndexTables.from_tensors(parts)
+                fits = tables.codebook_size == info["codebook_size"] and tables.digest() == stream_id
+            else:
+                table_sets[stream_id] = table_set = TableSet.from_tensors(parts)
+                fits = table_set.channels == mean.size and table_set.digest(mean, step) == stream_id
+            if not fits:
                 raise ModelError(
                     f"{path}: table set {n} does not have the stream id {stream_id} that {CODEC_JSON} states"
                 )
-            table_sets[stream_id] = tables
-        if not table_sets:
+        if not (table_sets or index_tables):
             raise ModelError(f"{path}: no entropy tables")
         return ModelFolder(
             path=path,
@@ -189,6 +210,7 @@ def read(path: Path) -> ModelFolder:
             mean=mean,
             step=step,
             table_sets=table_sets,
+            index_tables=index_tables,
             decoder_id=info["decoder_id"],
             info=info,
         )
@@ -216,28 +238,61 @@ def write(
     tensors = {"mean": mean.astype(np.float32), "step": step.astype(np.float32)}
     for n, tables in enumerate(table_sets):
         tensors |= {f"tables.{n}.{part}": tensor for part, tensor in tables.tensors().items()}
-    stream_ids = [tables.digest(tensors["mean"], tensors["step"]) for tables in table_sets]
-    document = {"folder_version": FOLDER_VERSION, **info, "stream_ids": stream_ids}
+    return _write(path, info, tensors, [tables.digest(tensors["mean"], tensors["step"]) for tables in table_sets])
+
+
+def write_vq(path: Path, *, info: Mapping[str, Any], index_tables: Sequence[IndexTables]) -> ModelFolder:
+    """Write codec.json and codec.safetensors into a folder that diffusers has saved a VQ model to.
+
+    Args:
+        path: the folder.
+        info: what codec.json holds besides the ids and codebook_size: at least name, f, latent_channels, decoder_id.
+        index_tables: at least one, of one codebook size, oldest first.
+
+    Returns:
+        The folder, read back.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for n, tables in enumerate(index_tables):
+        tensors |= {f"tables.{n}.{part}": tensor for part, tensor in tables.tensors().items()}
+    info = {**info, "codebook_size": index_tables[0].codebook_size}
+    return _write(path, info, tensors, [tables.digest() for tables in index_tables])
+
+
+def _write(
+    path: Path, info: Mapping[str, Any], tensors: dict[str, np.ndarray], stream_ids: Sequence[str]
+) -> ModelFolder:
+    document = {"folder_version": FOLDER_VERSION, **info, "stream_ids": list(stream_ids)}
     write_atomic(path / CODEC_TENSORS, save(tensors))
     write_atomic(path / CODEC_JSON, (json.dumps(document, indent=2) + "\n").encode())
     return read(path)
 
 
-def add_tables(path: Path, tables: TableSet) -> ModelFolder:
+def add_tables(path: Path, tables: TableSet | IndexTables) -> ModelFolder:
     """Add a table set to a model folder, after a refit: new files use it, and old ones stay readable.
 
     Args:
         path: the folder.
-        tables: fitted with the folder's mean and step, see `codec.tables.fit`.
+        tables: fitted with the folder's mean and step, see `codec.tables.fit`; of a VQ model, to its codebook, see
+            `codec.index_tables.fit`.
 
     Returns:
         The folder, read back.
 
     Raises:
-        ModelError: the folder is damaged, or of another number of channels than the tables.
+        ModelError: the folder is damaged, or of another number of channels or codebook vectors than the tables.
         ValueError: it has this table set already.
     """
     folder = read(path)
+    if isinstance(tables, IndexTables):
+        if tables.codebook_size != folder.codebook_size:
+            k = f"a codebook of {folder.codebook_size}" if folder.codebook_size else "no codebook"
+            raise ModelError(f"{path}: {k}, the tables are for one of {tables.codebook_size}")
+        if tables.digest() in folder.index_tables:
+            raise ValueError(f"{path}: these tables are in it already")
+        return write_vq(path, info=folder.info, index_tables=[*folder.index_tables.values(), tables])
+    if folder.codebook_size:
+        raise ModelError(f"{path}: a codebook of {folder.codebook_size}, the tables are for integer latents")
     if tables.channels != folder.channels:
         raise ModelError(f"{path}: {folder.channels} channels, the tables have {tables.channels}")
     if tables.digest(folder.mean, folder.step) in folder.table_sets:

@@ -1,6 +1,7 @@
 """RAW mode: integer latents as packed bits, per channel a least index and a width; FORMAT.md section 5.1.
 
-No tables, hence no worst case: what no table expects is never dearer than this. Must not import torch.
+No tables, hence no worst case: what no table expects is never dearer than this. `pack` and `unpack` serve FIXED mode
+of codebook indices too. Must not import torch.
 """
 
 import numpy as np
@@ -68,6 +69,29 @@ def size_bits(indices: np.ndarray) -> int:
     planes = indices.reshape(indices.shape[0], -1)
     spans = (planes.max(axis=1).astype(np.int64) - planes.min(axis=1)).tolist()
     return sum(_WIDTH_BITS + _LEAST_BITS + planes.shape[1] * span.bit_length() for span in spans)
+
+
+def pack(values: np.ndarray, width: int) -> bytes:
+    """Return (N,) numbers in [0, 2^width) as bits, filled up with zeros to whole bytes."""
+    return np.packbits(_bits_of(values.astype(np.int64), width)).tobytes()
+
+
+def unpack(payload: bytes, count: int, width: int) -> np.ndarray:
+    """Read the (count,) int64 numbers of `pack` back.
+
+    Raises:
+        FormatError: the payload is too short or too long, or a bit of the padding is set.
+    """
+    if len(payload) != -(-count * width // 8):
+        raise FormatError(f"damaged payload: {len(payload)} bytes of packed indices, expected {-(-count * width // 8)}")
+    bits = np.unpackbits(np.frombuffer(payload, dtype=np.uint8))
+    if bits[count * width :].any():
+        raise FormatError("damaged payload: bits left over after the last index")
+    columns = bits[: count * width].reshape(count, width)
+    values = np.zeros(count, dtype=np.int64)
+    for column in range(width):
+        values = (values << 1) | columns[:, column]
+    return values
 
 
 def _bits_of(values: np.ndarray, width: int) -> np.ndarray:

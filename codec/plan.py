@@ -8,7 +8,7 @@ Only blocks that are known to be these steps are accepted (diffusers' default on
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderKLFlux2, VQModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
@@ -18,8 +18,8 @@ from torch import nn
 
 from codec.errors import ModelError
 
-CLASSES = (AutoencoderKL, AutoencoderKLFlux2, AsymmetricAutoencoderKL)
-"""Networks of these steps; a mask, which the decoder of the last one can take, is no part of them."""
+CLASSES = (AutoencoderKL, AutoencoderKLFlux2, AsymmetricAutoencoderKL, VQModel)
+"""Networks of these steps; a mask, which the decoder of the third can take, and a codebook are no part of them."""
 
 Kind = Literal["conv", "resnet", "attention", "down", "up", "out"]
 

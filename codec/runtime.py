@@ -1,6 +1,7 @@
 """The codec as a Python object: `Codec.load(folder).encode(image) -> bytes`, `.decode(bytes) -> image`.
 
     image (H, W, 3) uint8 -> Engine: network -> z, raw -> Coder: indices, payload, container -> file bytes, and back
+                             VQ: codebook indices -> Coder: payload, container
 
 And the same networks' speed for others: `accelerate(pipeline)`.
 """
@@ -17,7 +18,7 @@ from codec import bitstream, fast, model_folder, pictures
 from codec.coding import Coder, Settings
 from codec.engine import AUTO, Engine, EngineConfig
 from codec.errors import ModelError
-from codec.latent_model import LatentModel
+from codec.latent_model import CodebookModel, LatentModel
 from codec.model_folder import ModelFolder
 from codec.pictures import Picture
 from codec.regions import Region
@@ -65,8 +66,10 @@ class Codec:
             settings: how images are coded when `encode` is not told; None = the defaults.
         """
         model = engine.model
-        if model.family == "vq":
-            raise ModelError(f"{folder.path}: a VQModel; the codec does not code its codebook indices yet")
+        k = model.codebook_size if isinstance(model, CodebookModel) else None
+        if folder.codebook_size != k:
+            says, has = (f"a codebook of {n}" if n else "no codebook" for n in (folder.codebook_size, k))
+            raise ModelError(f"{folder.path}: codec.json says {says}, the network has {has}: export or import it again")
         if (folder.f, folder.channels) != (model.f, model.channels):
             raise ModelError(
                 f"{folder.path}: codec.json says f {folder.f}, {folder.channels} channels; "
@@ -142,6 +145,11 @@ class Codec:
         """Decoder id of the loaded weights, 16 hex digits; codec.json's goes stale when somebody changes them."""
         return self.engine.decoder_id
 
+    @property
+    def has_quality(self) -> bool:
+        """Whether a quality can be asked for; that of a VQ model is its own."""
+        return self._folder.codebook_size is None
+
     def description(self) -> dict[str, Any]:
         """Return what a report should say about the model, as plain JSON values."""
         return {
@@ -149,9 +157,9 @@ class Codec:
             "family": self._folder.info.get("family"),
             "f": self._folder.f,
             "latent_channels": self._folder.channels,
+            **({"effort": self.settings.effort} if self.has_quality else {"codebook_size": self._folder.codebook_size}),
             "stream_id": self.stream_id,
             "decoder_id": self.decoder_id,
-            "effort": self.settings.effort,
             **self.engine.description(),
         }
 
@@ -163,35 +171,43 @@ class Codec:
         Args:
             image: (H, W, 3) uint8 sRGB, padded right and bottom by edge pixels to a multiple of f; or a picture, whose
                 alpha, profile and metadata are kept.
-            quality: 0 (coarsest) .. 100 (finest); None = that of the settings.
+            quality: 0 (coarsest) .. 100 (finest); None = that of the settings, or of a VQ model its own.
             settings: quality, effort, tiles and entropy modes; None = the codec's own.
 
         Raises:
-            ValueError: another dtype, rank or quality.
+            ValueError: another dtype, rank or quality, or any quality of a VQ model.
             FormatError: larger than the format can hold.
         """
-        settings = settings or self.settings
-        return self.encode_many(image, [settings.quality if quality is None else quality], settings)[0]
+        return self.encode_many(image, [quality], settings)[0]
 
     def encode_many(
-        self, image: np.ndarray | Picture, qualities: Sequence[int], settings: Settings | None = None
+        self, image: np.ndarray | Picture, qualities: Sequence[int | None], settings: Settings | None = None
     ) -> list[bytes]:
         """Code one image at several qualities; the network runs once. See `encode`."""
-        all_settings = [replace(settings or self.settings, quality=quality) for quality in qualities]
+        settings = settings or self.settings
+        all_settings = [settings if quality is None else replace(settings, quality=quality) for quality in qualities]
+        if not self.has_quality and any(quality is not None for quality in qualities):
+            raise ValueError(f"{self.name} is a VQ model: its quality is its own, none can be asked for")
         picture = image if isinstance(image, Picture) else Picture(pixels=_checked(image))
-        z = self.latents(picture.pixels)
         height, width = picture.pixels.shape[:2]
+        bitstream.check_size(width, height)
+        z = self.engine.encode_for_coder(_checked(picture.pixels))
         chunks = pictures.to_chunks(picture)
         return [self.coder.code(z, width, height, how, chunks).data for how in all_settings]
 
     def latents(self, image: np.ndarray) -> np.ndarray:
-        """Return the raw latents of one image: (H, W, 3) uint8 -> (D, h, w) float32, the posterior's mean."""
+        """Return the raw latents of one image: (H, W, 3) uint8 -> (D, h, w) float32, the posterior's mean.
+
+        Those of a VQ model are not quantised yet.
+        """
         height, width = _checked(image).shape[:2]
         bitstream.check_size(width, height)
         return self.engine.encode(image)
 
     def indices(self, data: bytes) -> tuple[bitstream.Header, np.ndarray]:
         """Read header and integer latents, (D, h, w) int32, of a file, every sum checked; no network runs.
+
+        Of a VQ model they are its codebook indices, (1, h, w).
 
         Raises:
             FormatError: the bytes are damaged.
@@ -239,7 +255,10 @@ class Codec:
         return pictures.from_chunks(pixels, rescued.chunks, header, damage=damage), damage
 
     def reconstruct(self, image: np.ndarray) -> np.ndarray:
-        """Return the autoencoder's own reconstruction, latents not quantised: what no quality can exceed."""
+        """Return the autoencoder's own reconstruction, latents not quantised: what no quality can exceed.
+
+        Latents of a VQ model are quantised: it is what its files decode to.
+        """
         return self.engine.decode(self.latents(image), *image.shape[:2])
 
 

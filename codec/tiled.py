@@ -30,7 +30,7 @@ def encode(
     dtype: torch.dtype | None = None,
     stripe_rows: int | None = None,
 ) -> np.ndarray:
-    """Return the raw latents of an image, the posterior's mean.
+    """Return the raw latents of an image, the posterior's mean; of a VQModel, before they are quantised.
 
     Args:
         model: its network may be of any float type and on any device.
@@ -81,7 +81,8 @@ def decode(
 
     Args:
         model: its network may be of any float type and on any device.
-        z: (D, h, w) float32, h = ceil(height / f), w = ceil(width / f).
+        z: (D, h, w) float32, h = ceil(height / f), w = ceil(width / f); of a VQModel codebook vectors, which are not
+            quantised again.
         height: H of the image.
         width: W of the image.
         region: (left, top, width, height); None: all of it. An `AutoencoderTiny` decodes only what the region needs;

@@ -36,7 +36,9 @@ def bench_command(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="vae: also with torch.compile; GPU only.")
     ] = False,
-    qualities: Annotated[str, typer.Option("-q", "--qualities", help="coder: integers 0 to 100.")] = "10,50,90",
+    qualities: Annotated[
+        str, typer.Option("-q", "--qualities", help="coder: integers 0 to 100; not used of a VQ model.")
+    ] = "10,50,90",
     repeats: Annotated[int, typer.Option(min=1, help="vae: timed calls of each side, which take turns.")] = 5,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of torch.", show_default="torch's own choice")
@@ -113,16 +115,26 @@ def table(result: Mapping[str, Any]) -> list[str]:
 def coder_table(result: Mapping[str, Any]) -> list[str]:
     """Return the lines to print for a result of `eval.bench_coder.run`."""
     lines = [f"{result['model']}: {result['n_images']} images; milliseconds for 24,576 latents", ""]
+    if "codebook_size" in result:
+        (row,) = result["rows"]
+        entropy = row["entropy_bytes"]
+        lines.insert(
+            1, f"{row['n_latents']} indices of {result['codebook_size']}; their own entropy {entropy:.0f} bytes"
+        )
     lines.append(_line("", "quality", "bytes", "ideal", "encode ms", "decode ms"))
     for row in result["rows"]:
         for mode, ms in row["ms"].items():
             size, ideal = row[f"{mode}_bytes"], row[f"ideal_{mode}_bytes"]
-            cells = (str(row["quality"]), str(size), f"{ideal:.0f}", f"{ms['encode']:.3g}", f"{ms['decode']:.3g}")
+            cells = (_quality(row), str(size), f"{ideal:.0f}", f"{ms['encode']:.3g}", f"{ms['decode']:.3g}")
             lines.append(_line(f"  {mode}", *cells))
         for level, found in row["effort"].items():
             cells = (str(row["quality"]), "-", f"{found['ideal_context_bytes']:.0f}", f"{found['ms']:.3g}", "-")
             lines.append(_line(f"  effort {level}, its search alone", *cells))
     return lines
+
+
+def _quality(row: Mapping[str, Any]) -> str:
+    return "-" if row["quality"] is None else str(row["quality"])
 
 
 def _line(name: str, *cells: str) -> str:

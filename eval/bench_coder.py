@@ -1,6 +1,7 @@
 """The entropy coder alone: bytes of each mode, ideal code lengths, times, and what the encoder's effort saves.
 
 images -> raw latents (the network runs once) -> indices -> raw, static, context -> rows, plain JSON values
+          VQ: codebook indices -> fixed, static, adaptive, context -> one row
 """
 
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from codec import Codec, effort, images, model_folder, tables
+from codec.index_tables import IndexMode, IndexTables
 from codec.model_folder import ModelFolder
 from codec.tables import Mode, TableSet
 
@@ -27,14 +29,15 @@ def run(
     Args:
         folder: of the model, or its name.
         paths: images.
-        qualities: 0..100 each.
-        efforts: levels 1..9 of the encoder's search to measure.
+        qualities: 0..100 each; not used of a VQ model, which has its own.
+        efforts: levels 1..9 of the encoder's search to measure; the same.
 
     Returns:
         `model`, `stream_id`, `n_images`, and `rows`, one for each quality, of sums over all images: `raw_bytes`,
         `static_bytes`, `context_bytes`, `chosen_bytes`, the `ideal` code length of each mode in bytes, `ms` of process
         time to encode and decode 24,576 latents in each mode, `mse`, the mean squared error of latents in steps, and
         for each effort level bytes, mse, ms, and `saving`: bytes at the mse of the nearest indices, see `_saving`.
+        Of a VQ model one row, see `_vq_row`, whose `quality` is None.
 
     Raises:
         ModelError: the model cannot be read.
@@ -42,12 +45,55 @@ def run(
     """
     codec = Codec.load(folder)
     model = model_folder.read(codec.folder)
+    about = {"model": model.name, "stream_id": model.stream_id, "n_images": len(paths)}
+    if model.codebook_size:
+        codes = [codec.engine.encode_for_coder(images.load(path)) for path in paths]
+        return {**about, "codebook_size": model.codebook_size, "rows": [_vq_row(model, codes)]}
     grids = [codec.latents(images.load(path)) for path in paths]
     rows = [_row(model, grids, quality) for quality in qualities]
     by_mse = sorted((row["mse"], row["ideal_context_bytes"]) for row in rows)
     for row in rows:
         row["effort"] = {str(level): _effort(model, grids, row, level, by_mse) for level in efforts}
-    return {"model": model.name, "stream_id": model.stream_id, "n_images": len(grids), "rows": rows}
+    return {**about, "rows": rows}
+
+
+def _vq_row(model: ModelFolder, grids: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Measure the modes of codebook indices, (1, h, w) each: bytes, ideal code length in bytes, and ms as in `run`.
+
+    `entropy_bytes` is the order-0 entropy of these images' own indices: what static tables made for them would give.
+    """
+    index_tables = model.index_tables[model.stream_id]
+    n_latents = sum(grid.size for grid in grids)
+    counts = np.bincount(np.concatenate([grid.reshape(-1) for grid in grids]))
+    p = counts[counts > 0] / n_latents
+    row: dict[str, Any] = {"quality": None, "n_latents": n_latents, "ms": {}, "effort": {}}
+    row["entropy_bytes"] = float(-(p * np.log2(p)).sum()) * n_latents / 8
+    sizes = []
+    for mode in IndexMode:
+        name = mode.name.lower()
+        payloads, encode_s = _timed(partial(_encode_indices, index_tables, grids, mode))
+        decoded, decode_s = _timed(partial(_decode_indices, index_tables, payloads, grids, mode))
+        assert all(np.array_equal(a, b) for a, b in zip(decoded, grids, strict=True))
+        sizes.append([len(payload) for payload in payloads])
+        row[f"{name}_bytes"] = sum(sizes[-1])
+        row[f"ideal_{name}_bytes"] = sum(index_tables.bits(grid, mode) for grid in grids) / 8
+        scale = 1e3 * N_TIMED / n_latents
+        row["ms"][name] = {"encode": round(encode_s * scale, 2), "decode": round(decode_s * scale, 2)}
+    row["chosen_bytes"] = int(np.min(sizes, axis=0).sum())
+    return row
+
+
+def _encode_indices(index_tables: IndexTables, grids: Sequence[np.ndarray], mode: IndexMode) -> list[bytes]:
+    return [index_tables.encode(grid, [mode])[1] for grid in grids]
+
+
+def _decode_indices(
+    index_tables: IndexTables, payloads: Sequence[bytes], grids: Sequence[np.ndarray], mode: IndexMode
+) -> list[np.ndarray]:
+    return [
+        index_tables.decode(mode, payload, (grid.shape[1], grid.shape[2]))
+        for payload, grid in zip(payloads, grids, strict=True)
+    ]
 
 
 def _row(model: ModelFolder, grids: Sequence[np.ndarray], quality: int) -> dict[str, Any]:

@@ -20,14 +20,14 @@ class Coded:
 
     Attributes:
         codec: the codec's label, unique within a run.
-        quality: of this file.
+        quality: of this file; None for a VQ model, which has but its own.
         size_bytes: of the whole file.
         bpp: bits per pixel of the whole file.
         pixels: decoded, (H, W, 3) uint8.
     """
 
     codec: str
-    quality: int
+    quality: int | None
     size_bytes: int
     bpp: float
     pixels: np.ndarray
@@ -72,6 +72,8 @@ def at_equal_size(x: np.ndarray, models: Sequence[Model], baselines: Sequence[Ba
 def _coded(name: str, codec: Model | Baseline, x: np.ndarray, size_bytes: float, fine: bool = True) -> Coded:
     if isinstance(codec, Baseline):
         quality, data = encode_near(functools.partial(codec.encode, x), codec.quality_range, size_bytes)
+    elif not codec.has_quality:
+        quality, data = None, codec.encode_many(x, [None])[0]
     else:
         quality, data = _nearest(codec, x, COARSE, size_bytes)
         if fine:

@@ -94,7 +94,7 @@ def load_models(
         notes: takes what a user should hear, a line each.
 
     Raises:
-        ModelError: missing, damaged, or of a class that the codec does not code (VQModel).
+        ModelError: missing, damaged, or of a class that is not supported.
         UsageError: tables must be fitted and there are no images for that.
     """
     codecs = []
@@ -131,8 +131,7 @@ def _fitted(folder: Path, config: EngineConfig, fitting: Fitting, launch: Launch
 
 
 def _fit(folder: Path, config: EngineConfig, fitting: Fitting, launch: Launch) -> tuple[ModelFolder, dict[str, Any]]:
-    if load_latent_model(folder).family == "vq":
-        raise ModelError(f"{folder}: a VQModel; the codec does not code its codebook indices yet")
+    load_latent_model(folder)  # a folder that cannot be loaded is that, with images or without
     if not fitting.sources:
         raise UsageError(
             f"{folder}: no codec.json in it, so entropy tables must be fitted to its latents: "

@@ -85,7 +85,8 @@ def _row(
     cells: list[Cell] = [(crop(image), "original", f"{Path(source.relative).name}   {width}x{height}")]
     for coded in at_equal_size(image, models, baselines, bpp):
         figures = f"{coded.bpp:.3f} bpp   {psnr(image, coded.pixels):.2f} dB"
-        cells.append((crop(coded.pixels), f"{coded.codec}  q{coded.quality}", figures))
+        at = "" if coded.quality is None else f"  q{coded.quality}"
+        cells.append((crop(coded.pixels), f"{coded.codec}{at}", figures))
     return cells
 
 

@@ -49,10 +49,12 @@ class Model(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def has_quality(self) -> bool: ...
 
     def description(self) -> dict[str, Any]: ...
-    def encode(self, image: np.ndarray, quality: int = 50) -> bytes: ...
-    def encode_many(self, image: np.ndarray, qualities: Sequence[int]) -> list[bytes]: ...
+    def encode(self, image: np.ndarray, quality: int | None = 50) -> bytes: ...
+    def encode_many(self, image: np.ndarray, qualities: Sequence[int | None]) -> list[bytes]: ...
     def decode(self, data: bytes) -> np.ndarray: ...
     def reconstruct(self, image: np.ndarray) -> np.ndarray: ...
 
@@ -65,7 +67,7 @@ class RateDistortion:
         protocol: how the images are prepared.
         metrics: of each pair of images.
         models: codecs, measured at `qualities` and without quantisation (their ceiling).
-        qualities: of the models, 0 coarsest to 100 finest.
+        qualities: of the models, 0 coarsest to 100 finest; a VQ model, whose quality is its own, is one point.
         baselines: each measured at its own qualities.
         stored: curves read from files, see `eval.stored_curves.read`; compared and drawn, not measured.
         anchor: the codec that others are compared with; None = see `eval.curves.pick_anchor`.
@@ -92,21 +94,24 @@ class _Entry:
     label: str
     kind: str  # "model" or "baseline"
     info: dict[str, Any]
-    qualities: Sequence[int]
-    encode: Callable[[np.ndarray, int], bytes]
+    qualities: Sequence[int | None]
+    encode: Callable[[np.ndarray, Any], bytes]
     decode: Callable[[bytes], np.ndarray]
     model: Model | None = None
     rows: list[Row] = field(default_factory=list)
     ceiling_rows: list[Row] = field(default_factory=list)
 
     def measure(self, name: str, image: np.ndarray, metrics: Metrics) -> tuple[list[Row], list[Row]]:
-        """Return one row per quality, and the ceiling's row of a model (the autoencoder without quantisation)."""
+        """Return one row per quality, and the ceiling's row of a model (the autoencoder without quantisation).
+
+        A VQ model, which nothing else quantises, has no ceiling beside its one point.
+        """
         height, width = image.shape[:2]
         about = {"image": name, "height": height, "width": width}
         rows: list[Row] = []
         ceiling: list[Row] = []
         x_hats: list[np.ndarray] = []
-        if self.model is not None:
+        if self.model is not None and self.model.has_quality:
             ceiling.append(about | _kl(self.model, image))
             x_hats.append(self.model.reconstruct(image))
         for quality in self.qualities:
@@ -221,7 +226,8 @@ def run_rd(
 
 def _of_model(model: Model, qualities: Sequence[int]) -> _Entry:
     info = {"description": model.description()}
-    return _Entry(model.name, model.name, "model", info, qualities, model.encode, model.decode, model)
+    its_own: Sequence[int | None] = qualities if model.has_quality else [None]
+    return _Entry(model.name, model.name, "model", info, its_own, model.encode, model.decode, model)
 
 
 def _of_baseline(baseline: Baseline) -> _Entry:

@@ -177,5 +177,6 @@ def numbers(values: Mapping[str, float | None]) -> str:
 
 
 def _caption(coded: Coded, values: Mapping[str, float | None]) -> str:
-    size = f"quality {coded.quality}, {coded.size_bytes} bytes, {coded.bpp:.3f} bpp"
+    at = "" if coded.quality is None else f"quality {coded.quality}, "
+    size = f"{at}{coded.size_bytes} bytes, {coded.bpp:.3f} bpp"
     return ", ".join(filter(None, (size, numbers(values))))

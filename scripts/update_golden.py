@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from codec import bitstream, model_folder, pictures, tables
+from codec import bitstream, index_tables, model_folder, pictures, tables
 from codec.bitstream import Header, Tile
 from codec.coding import Coder, Settings
 from codec.files import write_atomic
+from codec.index_tables import IndexMode
 from codec.pictures import Picture
 from codec.tables import Mode
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 DECODER_ID = "0123456789abcdef"
 CHANNELS, F = 2, 4
+K = 20
 
 
 def smooth(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
@@ -68,6 +70,31 @@ def remake(folder: Path) -> None:
         save(folder, f"v1-extremes-{mode.name.lower()}", bitstream.pack(header, [tile]), extremes)
 
 
+def remake_vq(folder: Path) -> None:
+    """Write index tables, files of codebook indices in every mode, and the indices."""
+    rng = np.random.default_rng(1)
+    codebook = rng.normal(size=(K, CHANNELS)) * 3 + np.array([1.0, -2.0])
+    info = {"name": "golden-vq", "family": "vq", "f": F, "latent_channels": CHANNELS, "decoder_id": DECODER_ID}
+    fitted = index_tables.fit([nearest(smooth(rng, 64, 64), codebook)[0] for _ in range(8)], codebook)
+    path = folder / "vq-model"
+    path.mkdir(parents=True, exist_ok=True)
+    coder = Coder(model_folder.write_vq(path, info=info, index_tables=[fitted]), DECODER_ID)
+    indices = nearest(smooth(rng, 11, 17), codebook)
+    for mode in IndexMode:
+        write(folder, coder, f"vq-{mode.name.lower()}", indices, Settings(modes=(mode,)))
+    write(folder, coder, "vq-tiles", nearest(smooth(rng, 20, 17), codebook), Settings(tile=8))
+    write(folder, coder, "vq-one-pixel", indices[:, :1, :1], Settings(), width=1, height=1)
+    every = np.arange(11 * 17, dtype=np.int32).reshape(1, 11, 17) % K
+    write(folder, coder, "vq-every-code", every, Settings(modes=(IndexMode.CONTEXT,)))
+
+
+def nearest(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """Return the codes of (D, h, w) latents, (1, h, w) int32."""
+    distance = ((z[:, None] - codebook.T[:, :, None, None]) ** 2).sum(axis=0)
+    found: np.ndarray = distance.argmin(axis=0).astype(np.int32)
+    return found[None]
+
+
 def write(
     folder: Path,
     coder: Coder,
@@ -91,3 +118,4 @@ def save(folder: Path, name: str, data: bytes, indices: np.ndarray) -> None:
 
 if __name__ == "__main__":
     remake(GOLDEN)
+    remake_vq(GOLDEN)

@@ -22,6 +22,19 @@ def coder() -> Coder:
     return Coder(folder, folder.decoder_id)
 
 
+@pytest.fixture(scope="module")
+def vq_coder() -> Coder:
+    folder = model_folder.read(GOLDEN / "vq-model")
+    return Coder(folder, folder.decoder_id)
+
+
+def fill(coder: Coder) -> np.ndarray:
+    """Return what stands where a tile is lost."""
+    if coder.folder.codebook_size:
+        return np.array([[[coder.folder.index_tables[coder.folder.stream_id].commonest]]])
+    return coder.folder.mean[:, None, None]
+
+
 def read_or_refuse(coder: Coder, data: bytes, original: bytes, expected: np.ndarray) -> str:
     """Read damaged bytes in both ways and return what came out of it; assert that nothing wrong was believed."""
     sealed = zlib.crc32(data[:-4]).to_bytes(4, "little") == data[-4:]  # also by a mutation of another chunk
@@ -41,8 +54,8 @@ def read_or_refuse(coder: Coder, data: bytes, original: bytes, expected: np.ndar
     whole = np.ones(expected.shape[1:], bool)
     for rows, columns in rescued.lost:
         whole[rows, columns] = False
-        mean = coder.folder.mean[:, None, None]
-        np.testing.assert_array_equal(rescued.z[:, rows, columns], np.broadcast_to(mean, z[:, rows, columns].shape))
+        lost = np.broadcast_to(fill(coder), z[:, rows, columns].shape)
+        np.testing.assert_array_equal(rescued.z[:, rows, columns], lost)
     assert rescued.z.shape == z.shape
     np.testing.assert_array_equal(rescued.z[:, whole], z[:, whole])
     return f"{len(rescued.lost)} lost"
@@ -53,6 +66,31 @@ def test_every_flipped_bit_and_every_truncation(coder: Coder, name: str) -> None
     outcomes = flip_and_cut(coder, name, every=1)
     n_least = len(outcomes) / 2 if name == "v1-tiles" else 32  # of one tile, flips of the CRC-32 alone
     assert sum(outcome != "refused" for outcome in outcomes) >= n_least
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vq-one-pixel",
+        "vq-fixed",
+        "vq-static",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vq-adaptive", "vq-context")),
+    ],
+)
+def test_every_flipped_bit_and_every_truncation_of_codebook_indices(vq_coder: Coder, name: str) -> None:
+    outcomes = flip_and_cut(vq_coder, name, every=1)
+    assert sum(outcome != "refused" for outcome in outcomes) >= 32  # flips of the CRC-32 alone
+
+
+@pytest.mark.parametrize(("name", "every"), [("vq-adaptive", 5), ("vq-context", 5), ("vq-every-code", 7)])
+def test_some_flipped_bits_and_truncations_of_codebook_indices(vq_coder: Coder, name: str, every: int) -> None:
+    outcomes = flip_and_cut(vq_coder, name, every)
+    assert "0 lost" in outcomes  # flips of the CRC-32
+
+
+def test_some_flipped_bits_and_truncations_of_many_tiles_of_codebook_indices(vq_coder: Coder) -> None:
+    outcomes = flip_and_cut(vq_coder, "vq-tiles", every=17)
+    assert sum(outcome != "refused" for outcome in outcomes) >= len(outcomes) / 2
 
 
 def test_some_flipped_bits_and_truncations_of_a_file_of_many_tiles(coder: Coder) -> None:
@@ -97,9 +135,9 @@ def mutated(rng: np.random.Generator, original: bytes) -> bytes:
     return bytes(data)
 
 
-def mutate(coder: Coder, count: int) -> tuple[float, float]:
-    """Hold `count` mutations of all golden files to the promises; return the most bytes and seconds that one took."""
-    files = [(path.read_bytes(), np.load(path.with_suffix(".npy"))) for path in sorted(GOLDEN.glob("v1-*.lcx"))]
+def mutate(coder: Coder, count: int, names: str = "v1-*.lcx") -> tuple[float, float]:
+    """Hold `count` mutations of golden files to the promises; return the most bytes and seconds that one took."""
+    files = [(path.read_bytes(), np.load(path.with_suffix(".npy"))) for path in sorted(GOLDEN.glob(names))]
     rng = np.random.default_rng(0)
     slowest = 0.0
     tracemalloc.start()
@@ -115,6 +153,12 @@ def mutate(coder: Coder, count: int) -> tuple[float, float]:
 
 def test_random_mutations_are_refused_or_named(coder: Coder) -> None:
     most_bytes, slowest_s = mutate(coder, 1000)
+    assert most_bytes < 300e6
+    assert slowest_s < 20
+
+
+def test_random_mutations_of_codebook_indices_are_refused_or_named(vq_coder: Coder) -> None:
+    most_bytes, slowest_s = mutate(vq_coder, 150, "vq-*.lcx")
     assert most_bytes < 300e6
     assert slowest_s < 20
 

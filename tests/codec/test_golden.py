@@ -12,10 +12,12 @@ from codec import bitstream, model_folder, pictures
 from codec.bitstream import Tile
 from codec.coding import Coder
 from codec.errors import FormatError
-from codec.tables import Mode
+from codec.index_tables import IndexMode, IndexTables
+from codec.tables import Mode, TableSet
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("v1-*.lcx"))
+OF_INDICES = sorted(GOLDEN.glob("vq-*.lcx"))
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +26,19 @@ def coder() -> Coder:
     return Coder(folder, folder.decoder_id)
 
 
+@pytest.fixture(scope="module")
+def vq_coder() -> Coder:
+    folder = model_folder.read(GOLDEN / "vq-model")
+    return Coder(folder, folder.decoder_id)
+
+
 def test_there_is_a_file_of_every_mode() -> None:
     modes = {tile.mode for path in FILES for tile in bitstream.unpack(path.read_bytes()).tiles}
     assert modes == {*Mode}
     assert len(FILES) == 10
+    modes = {tile.mode for path in OF_INDICES for tile in bitstream.unpack(path.read_bytes()).tiles}
+    assert modes == {*IndexMode}
+    assert len(OF_INDICES) == 7
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -37,11 +48,29 @@ def test_a_golden_file_reads_to_its_latents_and_they_code_to_its_bytes(coder: Co
     indices = coder.read(contents)
     expected = np.load(path.with_suffix(".npy"))
     np.testing.assert_array_equal(indices, expected)
-    header, table_set = contents.header, coder.table_set(contents.header)
+    header, table_set = contents.header, coder.tables(contents.header)
+    assert isinstance(table_set, TableSet)
     again = []
     for number, (rows, columns) in enumerate(header.tiles()):
         part = expected[:, rows, columns]
         mode, payload = table_set.encode(part, header.quality, (Mode(contents.tiles[number].mode),))
+        again.append(Tile(mode, bitstream.tile_check(header, number, part), payload))
+    assert bitstream.pack(header, again, contents.chunks) == data
+
+
+@pytest.mark.parametrize("path", OF_INDICES, ids=lambda path: path.stem)
+def test_a_golden_file_of_codebook_indices_reads_and_codes_to_its_bytes(vq_coder: Coder, path: Path) -> None:
+    data = path.read_bytes()
+    contents = bitstream.unpack(data)
+    expected = np.load(path.with_suffix(".npy"))
+    np.testing.assert_array_equal(vq_coder.read(contents), expected)
+    header, tables = contents.header, vq_coder.tables(contents.header)
+    assert isinstance(tables, IndexTables)
+    assert header.quality == 0
+    again = []
+    for number, (rows, columns) in enumerate(header.tiles()):
+        part = expected[:, rows, columns]
+        mode, payload = tables.encode(part, (IndexMode(contents.tiles[number].mode),))
         again.append(Tile(mode, bitstream.tile_check(header, number, part), payload))
     assert bitstream.pack(header, again, contents.chunks) == data
 

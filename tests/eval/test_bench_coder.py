@@ -6,6 +6,8 @@ import pytest
 from codec import images
 from codec.runtime import Codec
 from eval import bench_coder
+from eval.cli import main
+from tests.codec.vq_models import make_vq
 from tests.conftest import photo
 
 
@@ -29,6 +31,27 @@ def test_the_coder_is_measured_as_it_codes(model_dir: Path, tmp_path: Path) -> N
         assert found["mse"] > row["mse"]
     errors = [row["mse"] for row in result["rows"]]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_the_modes_of_codebook_indices_are_measured_as_they_code(tmp_path: Path) -> None:
+    folder = make_vq(tmp_path / "vq")
+    paths = []
+    for n, size in enumerate([(40, 56), (33, 64)]):
+        paths.append(tmp_path / f"{n}.png")
+        paths[-1].write_bytes(images.save_png(photo(*size, seed=n)))
+    out = tmp_path / "bench.json"
+    options = [*map(str, paths), "--what", "coder", "-m", str(folder), "-o", str(out)]
+    assert main(["bench", *options]) == 0
+    result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    assert (result["codebook_size"], row["quality"], row["n_latents"]) == (32, None, 20 * 28 + 17 * 32)
+    modes = ["fixed", "static", "adaptive", "context"]
+    assert list(row["ms"]) == modes
+    for mode in modes:
+        assert row[f"{mode}_bytes"] == pytest.approx(row[f"ideal_{mode}_bytes"], abs=4)
+    assert row["ideal_fixed_bytes"] == row["n_latents"] * 5 / 8
+    assert row["context_bytes"] < row["entropy_bytes"] < row["fixed_bytes"]
+    assert row["chosen_bytes"] <= min(row[f"{mode}_bytes"] for mode in modes)
 
 
 def test_savings_are_those_at_equal_error() -> None:

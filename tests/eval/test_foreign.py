@@ -13,6 +13,7 @@ from diffusers import VQModel
 
 from codec import images
 from eval.cli import main
+from tests.codec.vq_models import vq_network
 from tests.conftest import photo
 
 
@@ -77,6 +78,24 @@ def test_a_pipelines_16_channel_autoencoder(data: Path, new_model: Callable[...,
     assert codec["points"][0]["bpp"] < codec["points"][2]["bpp"]
 
 
+def test_a_vq_model_is_one_point_beside_the_others_curves(data: Path, model_dir: Path) -> None:
+    vq_network().save_pretrained(data / "vq")
+    before = files(data / "vq")
+    assert rd(data, data / "vq", "-m", str(model_dir), "--limit", "1") == 0
+    assert files(data / "vq") == before
+    codec, other = result(data)["codecs"]
+    assert [point["quality"] for point in other["points"]] == [5, 50, 100]
+    (point,) = codec["points"]
+    (row,) = codec["rows"]
+    assert (codec["name"], codec["ceiling"], codec["ceiling_rows"]) == ("vq", None, [])
+    assert (point["quality"], row["quality"]) == (None, None)
+    assert point["bpp"] == row["bpp"] == 8 * row["size_bytes"] / 48**2
+    assert codec["description"]["codebook_size"] == 32
+    assert "effort" not in codec["description"]
+    assert (data / "out" / "report.html").exists()
+    assert main(["compare", str(data / "out" / "rd.json"), str(data / "out" / "rd.json")]) == 0
+
+
 def test_what_is_refused(data: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(code: int, model: Path, *options: str, fit: bool = True) -> str:
         capsys.readouterr()
@@ -99,7 +118,7 @@ def test_what_is_refused(data: Path, model_dir: Path, capsys: pytest.CaptureFixt
     assert "not a diffusers model folder" in refused(3, data / "empty")
     network = VQModel(block_out_channels=(8,), norm_num_groups=4, num_vq_embeddings=8, latent_channels=4)
     network.save_pretrained(data / "vq")
-    assert f"{data / 'vq'}: a VQModel" in refused(3, data / "vq", fit=False)
+    assert f"{data / 'vq'}: no codec.json in it" in refused(2, data / "vq", fit=False)
     for path in (data / "train").iterdir():
         path.write_bytes(images.save_png(photo(1, 9)))
     assert "no training image of at least 2 x 2 pixels" in refused(2, folder)

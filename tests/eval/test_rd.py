@@ -28,6 +28,7 @@ class FakeCodec:
     """The interface of codec.Codec around WebP; without quantisation it is one level off everywhere."""
 
     name = "fake"
+    has_quality = True
 
     def description(self) -> dict[str, Any]:
         return {"name": self.name}

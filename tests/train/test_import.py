@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
@@ -16,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import codec.cli
 import eval.cli
-from codec import images, model_folder
+from codec import fsq, images, model_folder
 from codec.original_layout import to_original
 from codec.runtime import Codec
+from tests.codec.vq_models import vq_network
 from tests.conftest import photo
 from train.cli import main
 from train.importing.files import _HARMLESS
@@ -301,12 +303,32 @@ def test_a_vqgan_becomes_a_folder_of_diffusers(tmp_path: Path, run: Callable[...
     torch.save({"state_dict": taming}, tmp_path / "last.ckpt")
     status, said, folder = run(tmp_path / "last.ckpt", with_images=False)
     assert status == 0, said
-    assert "the codec does not code its indices yet" in said
+    assert "give --images to encode with it" in said
     assert not model_folder.is_model_folder(folder)
     loaded = VQModel.from_pretrained(folder)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in vq.state_dict().items())
     assert tuple(loaded.config.up_block_types) == vq.config.up_block_types
     assert "1 of loss" in (folder / "README.md").read_text()
+
+
+def test_a_vq_model_with_images_encodes_at_once(tmp_path: Path, run: Callable[..., tuple[int, str, Path]]) -> None:
+    network = vq_network(k=24)
+    network.register_to_config(fsq_levels=[3, 2, 2, 2])
+    with torch.no_grad():
+        network.quantize.embedding.weight.copy_(fsq.codebook([3, 2, 2, 2]))
+    network.save_pretrained(tmp_path / "vq")
+    status, text, folder = run(tmp_path / "vq")
+    assert status == 0, text
+    assert " 24 codes (used " in text
+    info = model_folder.read(folder).info
+    assert settings(folder)["fsq_levels"] == [3, 2, 2, 2]  # unknown to diffusers, but they decide what latents become
+    assert (info["codebook_size"], info["codebook"]["size"]) == (24, 24)
+    card = (folder / "README.md").read_text()
+    assert f"codebook of 24: {info['codebook']['n_used']} used" in card
+    assert "-m THIS_FOLDER -q" not in card
+    codec = Codec.load(folder, "cpu", dtype="float32")
+    picture = photo(40, 30)
+    np.testing.assert_array_equal(codec.decode(codec.encode(picture)), codec.reconstruct(picture))
 
 
 def test_a_folder_of_another_class_is_taken_as_it_is(tmp_path: Path, run: Callable[..., tuple[int, str, Path]]) -> None:

@@ -36,12 +36,15 @@ def import_card(info: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     ]
     if "stream_id" in info:
         lines += [
-            "    codec encode photos -o coded -m THIS_FOLDER -q 50",
+            "    codec encode photos -o coded -m THIS_FOLDER" + ("" if "codebook" in info else " -q 50"),
             "    codec decode coded -o decoded -m THIS_FOLDER",
             "",
         ]
     else:
-        lines += ["The codec does not code codebook indices yet, so there are no entropy tables in this folder.", ""]
+        lines += [
+            "Imported without images, so there are no entropy tables in this folder and the codec refuses it.",
+            "",
+        ]
     lines += [
         "## Source",
         "",
@@ -69,7 +72,9 @@ def _measured(info: Mapping[str, Any]) -> list[str]:
         f"- measured on {fitted['n_images']} images of {fitted['fitted_to']} (at most 512 x 512 from their middle, "
         f"SHA-256 of shapes and pixels {fitted['sha256'][:16]}): normalized mean "
         f"{mean:.4f}, standard deviation {deviation:.4f}",
-        f"- reconstruction, not quantised, of the first of them: {info['unquantised_psnr']:.2f} dB",
+        *_codebook(info),
+        f"- reconstruction{'' if 'codebook' in info else ', not quantised,'} of the first of them: "
+        f"{info['unquantised_psnr']:.2f} dB",
         "",
         "| channel | mean | std | posterior std |",
         "|---|---|---|---|",
@@ -80,6 +85,16 @@ def _measured(info: Mapping[str, Any]) -> list[str]:
         f"stream {info['stream_id']}, decoder {info['decoder_id']}",
         "",
         "Lossy: faces, lettering and fine repeated structure can change. Not for documents or medical images.",
+    ]
+
+
+def _codebook(info: Mapping[str, Any]) -> list[str]:
+    usage = info.get("codebook")
+    if not usage:
+        return []
+    return [
+        f"- codebook of {usage['size']}: {usage['n_used']} used ({usage['usage']:.1%}), perplexity "
+        f"{usage['perplexity']:.1f}, over {usage['n_tokens']} indices of these images"
     ]
 
 

@@ -28,7 +28,8 @@ def import_command(
         Path | None,
         typer.Option(
             metavar="SHARDS_OR_FOLDER",
-            help="Images that latents are measured on and entropy tables fitted to; needed for all but VQ models. "
+            help="Images that latents are measured on and entropy tables fitted to; without any, "
+            "a VQ model becomes a folder for diffusers alone, and others are refused. "
             "None of them should be one that you will test on.",
             show_default=False,
         ),
@@ -84,12 +85,12 @@ def import_command(
         + (f"from {origin['scaling_from']}" if origin["scaling_from"] != "measured" else "measured, nothing stated it")
     )
     if "stream_id" not in info:
-        if images is not None:
-            note("--images: not used; entropy tables are not for a VQModel")
-        print(f"{out}: {info['name']}, a VQModel, f{info['f']}: for diffusers; the codec does not code its indices yet")
+        print(f"{out}: {info['name']}, a VQModel, f{info['f']}: for diffusers; give --images to encode with it")
         return Exit.OK
+    usage = info.get("codebook")
+    k = f" {usage['size']} codes (used {usage['usage']:.1%}, perplexity {usage['perplexity']:.0f})," if usage else ""
     print(
-        f"{out}: {info['name']}, {info['family']}, f{info['f']}, {info['latent_channels']} channels, decoder "
+        f"{out}: {info['name']}, {info['family']}, f{info['f']}, {info['latent_channels']} channels,{k} decoder "
         f"{info['decoder_id']}, stream {info['stream_id']}; reconstructs at {info['unquantised_psnr']:.2f} dB"
     )
     return Exit.SOME_FAILED if imported.bad else Exit.OK

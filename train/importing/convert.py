@@ -34,6 +34,8 @@ from train.importing.card import import_card
 from train.importing.images import FitImages
 from train.importing.source import Source, config_fields, open_source
 
+_KEPT_FIELDS = ("fsq_levels",)  # unknown to diffusers, see `codec.adapters.CodebookModel`
+_VQ_SCALING = "the default of VQModel"
 _LARGEST_SIDE = 512  # pixels of an image that the reconstruction is looked at on; a CPU takes seconds for it
 
 
@@ -42,7 +44,8 @@ class ImportOptions:
     """How to import.
 
     Attributes:
-        images: a folder of images or shards that the latents are measured on; None = none, for a VQModel only.
+        images: a folder of images or shards that the latents are measured on; None = none, for a VQModel only, which
+            becomes a folder for diffusers then.
         n_images: how many of them are used.
         name: of the model; "" = the target folder's.
         averaged: True = averaged (EMA) weights; False = not those; None = averaged where there are any.
@@ -88,8 +91,9 @@ def import_model(path: Path, out: Path, options: ImportOptions) -> Imported:
     is_codebook = source.kind == "VQModel"
     if options.images is None and not is_codebook:
         raise UsageError(f"{path}: without images there are no entropy tables: give a folder of some with --images")
-    fitted = FitImages.open(options.images, options.n_images) if options.images and not is_codebook else None
-    network = source.build()
+    fitted = FitImages.open(options.images, options.n_images) if options.images else None
+    network: Any = source.build()
+    network.register_to_config(**{name: source.config[name] for name in _KEPT_FIELDS if name in source.config})
     info: dict[str, Any] = {
         "name": options.name or out.resolve().name,
         "imported": {
@@ -105,7 +109,7 @@ def import_model(path: Path, out: Path, options: ImportOptions) -> Imported:
     with _staged(out) as folder:
         _write_network(network, folder)
         if fitted is None:
-            _finish_codebook(network, folder, source, info)
+            _finish_without_tables(network, folder, source, info)
         else:
             _finish(network, folder, source, info, fitted, options.device)
     return Imported(info=info, bad=tuple(fitted.bad) if fitted else ())
@@ -125,7 +129,7 @@ def _write_config(network: Any, folder: Path, settings: Mapping[str, Any]) -> No
     network.register_to_config(**{name: value for name, value in settings.items() if name in known})
     network.save_config(folder)
     document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = {"_class_name", "_diffusers_version", *known}
+    kept = {"_class_name", "_diffusers_version", *_KEPT_FIELDS, *known}
     document = {name: value for name, value in document.items() if name in kept}
     write_atomic(folder / "config.json", (json.dumps(document, indent=2) + "\n").encode())
 
@@ -142,7 +146,9 @@ def _finish(
     tables = adopt(folder, fitted.read(), len(fitted), device)
     statistics = tables.info["statistics"]
     settings: dict[str, Any] = {"shift_factor": network.config.get("shift_factor") or 0.0}
-    if not source.scaling_from:
+    if tables.codebook_size and not source.scaling_from:
+        info["imported"]["scaling_from"] = _VQ_SCALING
+    elif not source.scaling_from:
         shift = measured_shift(network, statistics["global_mean"])
         settings = {"scaling_factor": 1.0 / statistics["global_std"], "shift_factor": shift}
         info["imported"]["scaling_from"] = "measured"
@@ -156,18 +162,21 @@ def _finish(
         "shift_factor": model.shift_factor,
         "tables": fitted.describe(),
     }
-    written = model_folder.write(
-        folder, info=info, mean=tables.mean, step=tables.step, table_sets=list(tables.table_sets.values())
-    )
+    if tables.codebook_size:
+        written = model_folder.write_vq(folder, info=info, index_tables=list(tables.index_tables.values()))
+    else:
+        written = model_folder.write(
+            folder, info=info, mean=tables.mean, step=tables.step, table_sets=list(tables.table_sets.values())
+        )
     info["stream_id"] = written.stream_id
     info["unquantised_psnr"] = _reconstruct(written, fitted.first, device)
     write_atomic(folder / "README.md", import_card(info, source.config).encode())
 
 
-def _finish_codebook(network: Any, folder: Path, source: Source, info: dict[str, Any]) -> None:
-    """Write the card of a VQModel, which the codec does not code: a folder of diffusers is all there is."""
+def _finish_without_tables(network: Any, folder: Path, source: Source, info: dict[str, Any]) -> None:
+    """Write the card of a VQModel that came without images: a folder of diffusers is all there is."""
     if not source.scaling_from:
-        info["imported"]["scaling_from"] = "the default of VQModel"
+        info["imported"]["scaling_from"] = _VQ_SCALING
     model = latent_model(network)
     info |= {"family": model.family, "f": model.f, "latent_channels": model.channels}
     info |= {"scaling_factor": model.scaling_factor, "shift_factor": model.shift_factor}
