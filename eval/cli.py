@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from codec import console
 from eval.bench_cli import bench_command
 from eval.compare_cli import compare_command
+from eval.generated_cli import generated_command
 from eval.latents_cli import latents_command
 from eval.lint_cli import lint_command
 from eval.prefer_cli import prefer_command
@@ -24,6 +25,7 @@ app.command("bench")(bench_command)
 app.command("latents")(latents_command)
 app.command("lint")(lint_command)
 app.command("prefer")(prefer_command)
+app.command("generated")(generated_command)
 app.command("weights")(weights_command)
 
 

@@ -9,6 +9,7 @@ Entry: `DistributionMetrics`. Imports torch.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -278,6 +279,21 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     overlap = float(np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum())
     distance = float(((a.mean - b.mean) ** 2).sum()) + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
     return max(0.0, float(distance))
+
+
+def frechet_of_sets(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the Frechet distance of two sets of features, (n, D) and (m, D) float64.
+
+    That of `frechet_distance`, in far less time for fewer images than features: with centred features X and Y,
+    tr (A B)^(1/2) is the nuclear norm of X Y^T, over the root of (n - 1) (m - 1).
+    """
+    if min(len(a), len(b)) > a.shape[1]:
+        return frechet_distance(Moments.of(a), Moments.of(b))
+    x, y = a - a.mean(0), b - b.mean(0)
+    n, m = len(a) - 1, len(b) - 1
+    overlap = float(np.linalg.svd(x @ y.T, compute_uv=False).sum()) / math.sqrt(n * m)
+    spread = float(np.square(x).sum() / n + np.square(y).sum() / m)
+    return float(max(0.0, float(np.square(a.mean(0) - b.mean(0)).sum()) + spread - 2 * overlap))
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -15,8 +15,10 @@ from train.cache.cli import cache_bench_command, cache_command
 from train.drift_cli import drift_command
 from train.export_cli import export_command
 from train.importing.cli import import_command
+from train.prior.config import PriorConfig
+from train.prior.sample_cli import sample_command
 from train.race.cli import race_command
-from train.recipe import load_recipe, recipe_names
+from train.recipe import load_any, recipe_names
 from train.shards_cli import shards_command
 
 app = console.application(
@@ -39,6 +41,7 @@ app.command("drift")(drift_command)
 app.command("export")(export_command)
 app.command("import")(import_command)
 app.command("race")(race_command)
+app.command("sample")(sample_command)
 
 
 @app.command(epilog="Example: codec-train run small-f8c8 data.shards=shards run.out=runs/first run.time_limit_min=25")
@@ -52,16 +55,18 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config as JSON and stop.")] = False,
 ) -> int:
     """Train a model and export it to RUN/model. Keys and defaults: --dry-run with any recipe."""
-    config = load_recipe(recipe, overrides or [])
+    config = load_any(recipe, overrides or [])
     if dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         return Exit.OK
 
-    from train.run import run as run_training  # after the config is known to be good: torch takes seconds to import
+    # After the config is known to be good: torch takes seconds to import.
+    from train.prior.run import run as run_prior
+    from train.run import run as run_autoencoder
     from train.trainer import Preempted, TrainingError
 
     try:
-        figures = run_training(config)
+        figures = run_prior(config) if isinstance(config, PriorConfig) else run_autoencoder(config)
     except TrainingError as exception:
         console.error(str(exception))
         return Exit.SOME_FAILED

@@ -6,7 +6,7 @@ What stands at position k is a function of (seed, k): neither ranks nor batches 
 position alone. A latent cannot be mirrored; the mirrored image has latents of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,7 @@ import torch
 
 from eval.draws import generator
 from train import draws
-from train.bad_samples import BadSamples
-
-ORDER, MIRROR = 0, 23  # streams of `train.draws`
+from train.set_feed import MIRROR, SetFeed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +77,8 @@ class LatentSet:
         return mean + self.std[index, 0] * torch.from_numpy(noise)
 
 
-class LatentFeed:
-    """The batches of one rank out of a `LatentSet`; see `train.task.Source`.
-
-    Attributes:
-        bad: what could not be read: nothing.
-    """
+class LatentFeed(SetFeed):
+    """The batches of one rank out of a `LatentSet`; see `train.task.Source`."""
 
     def __init__(
         self, latents: LatentSet, out: Path, *, batch_size: int, seed: int, rank: int = 0, n_ranks: int = 1
@@ -99,34 +93,20 @@ class LatentFeed:
             rank: this rank.
             n_ranks: how many there are.
         """
-        self.bad = BadSamples(out / "bad_samples.jsonl", 0.0)
+        super().__init__(len(latents), out, batch_size=batch_size, seed=seed, rank=rank, n_ranks=n_ranks)
         self._latents = latents
-        self._batch_size, self._seed = batch_size, seed
-        self._rank, self._n_ranks = rank, n_ranks
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
 
     def describe(self) -> str:
         """Return one line on the data."""
-        (channels, height, width), n = self._latents.shape, len(self._latents)
+        channels, height, width = self._latents.shape
         mirrored = " and their mirror images" if self._latents.mean.shape[1] == 2 else ""
-        epoch = n / (self._batch_size * self._n_ranks)
         return (
-            f"latents of {n} images{mirrored}, {channels} x {height} x {width}, {epoch:.1f} batches per rank and epoch"
+            f"latents of {len(self._latents)} images{mirrored}, {channels} x {height} x {width}, "
+            f"{self.batches_per_epoch:.1f} batches per rank and epoch"
         )
 
-    def stage(self, share: float) -> bool:
-        """See `train.task.Source.stage`: all of a run is alike."""
-        return False
-
-    def batches(self, share: float, start: int) -> Iterator[dict[str, Any]]:
-        """Yield {"latents": (B, D, h, w), "label": (B,), "key": [...], "bad": []} of this rank, without end."""
-        position = start + self._rank * self._batch_size
-        while True:
-            yield self._batch(range(position, position + self._batch_size))
-            position += self._batch_size * self._n_ranks
-
     def _batch(self, positions: range) -> dict[str, Any]:
+        """Return {"latents": (B, D, h, w), "label": (B,), "key": [...], "bad": []}."""
         latents = self._latents
         index = torch.tensor([self._index(position) for position in positions])
         mirror = (draws.uniform(self._seed, MIRROR, positions, ()) * latents.mean.shape[1]).long()
@@ -135,11 +115,3 @@ class LatentFeed:
             z = z + latents.std[index, mirror] * draws.normal(self._seed, draws.POSTERIOR, positions, latents.shape)
         keys = [latents.keys[int(n)] for n in index]
         return {"latents": z, "label": latents.labels[index], "key": keys, "bad": []}
-
-    def _index(self, position: int) -> int:
-        """Every epoch is one random order of all images."""
-        epoch, place = divmod(position, len(self._latents))
-        if epoch != self._epoch:
-            self._order = np.random.default_rng((self._seed, ORDER, epoch)).permutation(len(self._latents))
-            self._epoch = epoch
-        return int(self._order[place])

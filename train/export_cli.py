@@ -76,6 +76,14 @@ def export_command(
 
     Example: codec-train export runs/first -o first-vae --fp16 --onnx
     """
+    if _is_prior_run(source):
+        if single_file or fp16 or onnx or preview or licence or force:
+            raise UsageError(f"{source}: a run of a prior, which has one format; only -o applies")
+        from train.prior.run import export as export_prior
+
+        print(json.dumps(export_prior(source, out), indent=2))
+        return Exit.OK
+
     from codec.engine import pick_device  # torch takes seconds to import
     from train.export_folder import FolderExport, check_empty, export_folder
     from train.formats import Wanted
@@ -104,6 +112,12 @@ def export_command(
     for name, reason in bad:
         error(f"{name}: {reason} (left out of the preview)")
     return Exit.SOME_FAILED if bad else Exit.OK
+
+
+def _is_prior_run(source: Path) -> bool:
+    """Whether a path is the run folder of a prior, or a checkpoint in it."""
+    config = (source.parent.parent if source.is_file() else source) / "config.json"
+    return config.is_file() and b'"task": "prior"' in config.read_bytes()
 
 
 def _is_model(source: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Recipes: TOML files with `key=value` overrides -> `train.config.Config`.
+"""Recipes: TOML files with `key=value` overrides -> `train.config.Config`, or the config of another `task`.
 
 A recipe holds only what differs from the defaults. An unknown key is an error that names the nearest known one.
 """
@@ -14,9 +14,22 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from codec.errors import UsageError
 from train.checks import require
 from train.config import Config
+from train.prior.config import PriorConfig
+
+AnyConfig = Config | PriorConfig
+CONFIGS: dict[str, type[Any]] = {"autoencoder": Config, "prior": PriorConfig}
+"""task -> what its recipes set."""
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Read an autoencoder's recipe; see `load_any`. Raises UsageError for one of another task, too."""
+    config = load_any(recipe, overrides)
+    if not isinstance(config, Config):
+        raise UsageError(f"{recipe}: a recipe of task {config.task}, expected one of an autoencoder")
+    return config
+
+
+def load_any(recipe: str, overrides: Sequence[str] = ()) -> AnyConfig:
     """Read a recipe and apply overrides.
 
     Args:
@@ -40,20 +53,33 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(tree, override)
     try:
-        config: Config = _build(Config, tree, "")
+        return _of_task(tree)
     except ValueError as exception:
         raise UsageError(f"{recipe}: {exception}") from exception
+
+
+def _of_task(tree: Mapping[str, Any]) -> AnyConfig:
+    task = tree.get("task", Config.task)
+    require(isinstance(task, str) and task in CONFIGS, "task", task, ", ".join(CONFIGS))
+    config: AnyConfig = _build(CONFIGS[task], tree, "")
     return config
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
     """Build the config that `Config.to_dict` gave (after a trip through JSON); raises UsageError if it is of another
-    version of this program."""
+    task, or another version of this program."""
+    config = any_from_dict(tree)
+    if not isinstance(config, Config):
+        raise UsageError(f"a config of task {config.task}, expected one of an autoencoder")
+    return config
+
+
+def any_from_dict(tree: Mapping[str, Any]) -> AnyConfig:
+    """Build the config of any task that its `to_dict` gave; see `from_dict`."""
     try:
-        config: Config = _build(Config, tree, "")
+        return _of_task(tree)
     except ValueError as exception:
         raise UsageError(f"a config of another version: {exception}") from exception
-    return config
 
 
 def recipe_names() -> list[str]:
@@ -81,25 +107,33 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _build(cls: type[Any], tree: Mapping[str, Any], prefix: str) -> Any:
-    """Build a dataclass from a TOML table; `prefix` is the dotted name of the table, with its dot."""
+def _build(cls: type[Any], tree: Mapping[str, Any], prefix: str, root: type[Any] | None = None) -> Any:
+    """Build a dataclass from a TOML table.
+
+    Args:
+        cls: the dataclass.
+        tree: the table.
+        prefix: its dotted name, with its dot.
+        root: the whole recipe's dataclass, for hints; None = `cls`.
+    """
+    root = root or cls
     hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     values = {}
     for key, value in tree.items():
         if key not in known:
-            raise ValueError(f"unknown key {prefix}{key}; {_nearest(prefix + key)}")
-        values[key] = _convert(value, hints[key], f"{prefix}{key}")
+            raise ValueError(f"unknown key {prefix}{key}; {_nearest(prefix + key, root)}")
+        values[key] = _convert(value, hints[key], f"{prefix}{key}", root)
     return cls(**values)
 
 
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    """Check a TOML value against a field's type; an int serves as a float, a list as a tuple."""
+def _convert(value: Any, hint: Any, name: str, root: type[Any]) -> Any:
+    """Check a TOML value against a field's type; an int serves as a float, a list as a tuple. `root`: see `_build`."""
     origin, args = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
         if not isinstance(value, dict):
             raise ValueError(f"{name} = {value!r}, expected a section")
-        return _build(hint, value, f"{name}.")  # type: ignore[arg-type]
+        return _build(hint, value, f"{name}.", root)  # type: ignore[arg-type]
     if origin is Literal:
         require(value in args, name, value, ", ".join(map(str, args)))
         return value
@@ -108,7 +142,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             raise ValueError(
                 f"{name} = {value!r}, expected a list of {'numbers' if args[-1] is Ellipsis else len(args)}"
             )
-        return tuple(_convert(item, args[0], name) for item in value)
+        return tuple(_convert(item, args[0], name, root) for item in value)
     if hint is float and type(value) is int:
         return float(value)
     if hint is str and type(value) is int:  # a moment in images
@@ -126,13 +160,13 @@ def _keys(cls: type[Any], prefix: str = "") -> list[str]:
     return out
 
 
-def _nearest(key: str) -> str:
+def _nearest(key: str, root: type[Any]) -> str:
     """Name the known key nearest to an unknown one: of the same name, else like it in its section, else anywhere."""
-    known = _keys(Config)
+    known = _keys(root)
     section, _, name = key.rpartition(".")
     in_section = [k for k in known if k.rpartition(".")[0] == section]
     same = [k for k in known if k.rpartition(".")[2] == name]
     beside = difflib.get_close_matches(key, in_section, n=1, cutoff=0.75)
     anywhere = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     near = same or beside or anywhere
-    return f"did you mean {' or '.join(near)}?" if near else f"sections are {', '.join(f.name for f in fields(Config))}"
+    return f"did you mean {' or '.join(near)}?" if near else f"sections are {', '.join(f.name for f in fields(root))}"

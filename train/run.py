@@ -23,7 +23,8 @@ from train.formats import Wanted, check_formats
 from train.journal import check_run_folder, check_trackers
 from train.onnx_export import check_packages
 from train.progress import Progress, run_record
-from train.recipe import from_dict
+from train.recipe import any_from_dict, from_dict
+from train.task import LoopConfig
 from train.trainer import Trainer
 
 
@@ -45,8 +46,8 @@ def prepare(config: Config) -> Trainer:
     if "onnx" in config.export.formats:
         check_packages()
     out = check_run_folder(config.run.out, config.run.resume)
-    state = _state_to_resume(config, out)
-    accelerator = _accelerator(log_with=list(config.run.trackers) or None, project_dir=str(out))
+    state = state_to_resume(config, out)
+    accelerator = make_accelerator(log_with=list(config.run.trackers) or None, project_dir=str(out))
     if config.run.precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("run.precision = fp16: on CPUs take bf16 or no")
     with accelerator.main_process_first():  # which writes an index where there is none
@@ -58,10 +59,15 @@ def prepare(config: Config) -> Trainer:
     trainer = Trainer(config, task, feed, accelerator)
     if state is not None:
         trainer.resume(state)
-        if accelerator.is_main_process:
-            for path in trainer.checkpoints.set_aside(trainer.progress.images):
-                console.error(f"{path}: set aside, a checkpoint of a branch that this run does not go on with")
+        set_aside_branches(trainer)
     return trainer
+
+
+def set_aside_branches(trainer: Trainer) -> None:
+    """Put away checkpoints that are further than the one that a run was resumed from."""
+    if trainer.ranks.main:
+        for path in trainer.checkpoints.set_aside(trainer.progress.images):
+            console.error(f"{path}: set aside, a checkpoint of a branch that this run does not go on with")
 
 
 def export(folder: Path, out: Path | None = None, licence: str = "", wanted: Wanted | None = None) -> dict[str, Any]:
@@ -102,8 +108,8 @@ def export(folder: Path, out: Path | None = None, licence: str = "", wanted: Wan
     return task.export(average.module, out, record, torch.device("cpu")) | {"folder": str(out)}
 
 
-def _accelerator(**settings: Any) -> Accelerator:
-    """Precision and compilation are the recipe's, whatever `accelerate launch` or its config file says."""
+def make_accelerator(**settings: Any) -> Accelerator:
+    """Return what spreads a run over ranks; precision and compilation are the recipe's, whatever a launcher says."""
     # The first rank may scan a large set for its index while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     accelerator = Accelerator(mixed_precision="no", dynamo_backend="no", kwargs_handlers=[patience], **settings)
@@ -126,7 +132,7 @@ def _samples(config: Config, quiet: bool = False) -> tuple[list[SampleRef], list
     )
 
 
-def _state_to_resume(config: Config, out: Path) -> dict[str, Any] | None:
+def state_to_resume(config: LoopConfig, out: Path) -> dict[str, Any] | None:
     """Load the checkpoint that the run shall go on from, and check that it fits; None for a new run."""
     resume = config.run.resume
     if not resume:
@@ -139,7 +145,7 @@ def _state_to_resume(config: Config, out: Path) -> dict[str, Any] | None:
     else:
         path, state = Path(resume), load(Path(resume))
     # Read and written again: what a checkpoint of an earlier version does not name is at its default.
-    impossible, other = compare(from_dict(state["config"]).to_dict(), config.to_dict())
+    impossible, other = compare(any_from_dict(state["config"]).to_dict(), config.to_dict())
     if impossible:
         raise UsageError(f"{path}: cannot be resumed with a changed model: {_list(impossible)}")
     if other:

@@ -6,7 +6,7 @@ import pytest
 from codec.errors import UsageError
 from train import config
 from train.cli import main
-from train.recipe import load_recipe, recipe_names
+from train.recipe import load_any, load_recipe, recipe_names
 
 
 def write(path: Path, text: str) -> str:
@@ -68,7 +68,7 @@ def test_every_recipe_of_the_package_resolves_and_states_its_command(
     recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", recipe, "--dry-run"]) == 0
-    assert json.loads(capsys.readouterr().out)["task"] == "autoencoder"
+    assert json.loads(capsys.readouterr().out)["task"] == load_any(recipe).task
     header = (Path(config.__file__).parent / "recipes" / f"{recipe}.toml").read_text().split("\n\n")[0]
     assert f"codec-train run {recipe}" in header
     assert "Hardware:" in header

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from eval.distribution import Moments, frechet_distance
+from eval.distribution import Moments, frechet_distance, frechet_of_sets
 from eval.feature_networks import FeatureNetwork
+from eval.jackknife import beyond, difference, jackknife
 from train.race.data import Picture, Pictures
-from train.race.intervals import beyond, difference, jackknife
-from train.race.score import Judge, frechet, score
+from train.race.score import Judge, score
 
 
 def drawn(n: int, shift: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -17,7 +17,7 @@ def drawn(n: int, shift: float = 0.0, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(("n", "m"), [(20, 25), (25, 60), (60, 90)])
 def test_the_distance_is_that_of_the_evaluation(n: int, m: int) -> None:
     a, b = drawn(n), drawn(m, 0.3, seed=1)
-    assert frechet(a, b) == pytest.approx(frechet_distance(Moments.of(a), Moments.of(b)), rel=1e-9)
+    assert frechet_of_sets(a, b) == pytest.approx(frechet_distance(Moments.of(a), Moments.of(b)), rel=1e-9)
 
 
 def test_equal_sets_are_at_zero_and_cover_each_other() -> None:

@@ -7,13 +7,17 @@ encodes what it finds in none of them, and puts them in their place by one renam
 counts. Until then readers have the cache as it was. Imports torch.
 """
 
+import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from codec import model_folder
 from codec.console import progress
@@ -23,11 +27,12 @@ from codec.launch import Launch
 from codec.model_folder import ModelFolder
 from codec.shards import SampleRef, read_index, read_json
 from codec.version import __version__
-from train.cache.formats import TABLES
+from train.cache.codebook import VECTORS, Codebook
+from train.cache.formats import TABLES, make_format
 from train.cache.index import BAD_IMAGES, HEADER, VERSION, index_path, places, read_shard_index, sort_classes
 from train.cache.model import CacheModel, engine_config
-from train.cache.moments import Sums
 from train.cache.plan import CacheConfig, Part, images_per_shard, plan_parts, with_captions
+from train.cache.tokens import INDICES
 from train.cache.writer import CacheWriter, Kept, PartReport
 
 
@@ -58,6 +63,7 @@ class _Job:
         config: what was asked for.
         model: whose latents.
         settings: of the header.
+        vectors: of the codebook, (K, d) float32, for a cache of indices; None for one of latents.
         refs: all images of the sources.
         before: cache.json as it stands; {} for none.
         parts: the plan, without captions.
@@ -67,6 +73,7 @@ class _Job:
     config: CacheConfig
     model: CacheModel
     settings: Mapping[str, Any]
+    vectors: np.ndarray | None = None
     refs: Sequence[SampleRef] = ()
     before: Mapping[str, Any] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
@@ -85,9 +92,9 @@ class _Job:
 
     @property
     def shape(self) -> list[int]:
-        """(D, h, w) of a sample."""
+        """(D, h, w) of a sample; (h, w) of indices."""
         side = self.config.size // self.model.f
-        return [self.model.channels, side, side]
+        return [side, side] if self.config.format == INDICES else [self.model.channels, side, side]
 
 
 def write_cache(config: CacheConfig, launch: Launch | None = None, engine: str = "local") -> CacheReport:
@@ -101,7 +108,8 @@ def write_cache(config: CacheConfig, launch: Launch | None = None, engine: str =
     Raises:
         UsageError: no images, `out` cannot be written or holds something else, other settings than the cache was made
             with, a size that does not fit the model, or none of the images can be encoded.
-        ModelError: the model is missing, is not the one of the cache, or has no tables for lcx.
+        ModelError: the model is missing, is not the one of the cache, or has no tables for lcx or no codebook for
+            indices.
     """
     launch = launch or Launch()
     job, tables = _check(config, launch)
@@ -113,7 +121,7 @@ def write_cache(config: CacheConfig, launch: Launch | None = None, engine: str =
     if launch.index == 0:
         _begin(job, tables)
     launch.gather(None)
-    count = images_per_shard(4 * 2 * _size(job.shape), config.preprocessing.n_crops)
+    count = images_per_shard(4 * 2 * math.prod(job.shape), config.preprocessing.n_crops)
     job.parts = plan_parts(job.refs, count, {"model": job.model.encoder_id, **job.settings})
     job.mine = with_captions(launch.share(job.parts))
     todo = [part for part in job.mine if read_shard_index(config.out / part.name) is None]
@@ -142,7 +150,11 @@ def _check(config: CacheConfig, launch: Launch) -> tuple[_Job, ModelFolder | Non
     if config.size % model.f or config.preprocessing.size < model.f:
         raise UsageError(f"--size {config.size}, expected a multiple of {model.f}, the model's downsampling factor")
     settings = config.settings(engine_config(config.device, config.dtype, launch.local).dtype)
-    job = _Job(config, model, settings)
+    vectors = None
+    if config.format == INDICES:
+        codebook, vectors = Codebook.read(config.model, "--format indices needs")
+        settings["codebook"] = {"size": codebook.size, "id": codebook.codebook_id}
+    job = _Job(config, model, settings, vectors)
     job.before = _standing(job)
     if config.format == "lcx":
         if job.before:  # it goes on with its own tables, even if the model has others by now
@@ -226,11 +238,11 @@ def _begin(job: _Job, tables: ModelFolder | None) -> None:
             assert tables is not None
             for name in (model_folder.CODEC_JSON, model_folder.CODEC_TENSORS):
                 write_atomic(out / TABLES / name, (tables.path / name).read_bytes())
+        if job.vectors is not None:
+            file = io.BytesIO()
+            np.save(file, job.vectors)
+            write_atomic(out / VECTORS, file.getvalue())
         _write_json(out / HEADER, job.header())
-
-
-def _size(shape: Sequence[int]) -> int:
-    return shape[0] * shape[1] * shape[2]
 
 
 def n_jobs(asked: int) -> int:
@@ -286,7 +298,8 @@ def _commit(job: _Job, names: Sequence[str], n_written: int, n_encoded: int) -> 
 def _summed(job: _Job, names: Sequence[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return the finished header, and the bad images."""
     out = job.config.out
-    sums = Sums.none(job.model.channels)
+    form = make_format(job.settings, out)
+    sums = form.no_sums(job.model.channels)
     bad: list[tuple[str, str]] = []
     shards, labels = [], set()
     payload_bytes = 0
@@ -298,7 +311,7 @@ def _summed(job: _Job, names: Sequence[str]) -> tuple[dict[str, Any], list[tuple
         if not index["n_samples"]:
             continue
         columns = index["samples"]
-        sums.add(Sums.from_json(index["sums"]))
+        sums.add(form.sums_from(index["sums"]))
         labels |= set(columns["class"]) - {None}
         payload_bytes += sum(sum(sizes[1:]) for sizes in columns["sizes"])
         shards.append({"name": name, "n_samples": index["n_samples"], "size_bytes": index["size_bytes"]})
@@ -324,8 +337,8 @@ def _refuse_all_bad(job: _Job, names: Sequence[str], bad: Sequence[tuple[str, st
         index_path(out / name).unlink()
         (out / name).unlink()
     if not job.before:
-        for path in (*(out / TABLES).glob("*"), out / HEADER):
-            path.unlink()
+        for path in (*(out / TABLES).glob("*"), out / VECTORS, out / HEADER):
+            path.unlink(missing_ok=True)
         if (out / TABLES).is_dir():
             (out / TABLES).rmdir()
     key, reason = bad[0]

@@ -26,7 +26,11 @@ def cache_command(
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the cache; empty, or begun by this command.")
     ],
     format: Annotated[
-        str, typer.Option("--format", help="fp16, bf16, int8 (a scale per channel) or lcx (entropy-coded).")
+        str,
+        typer.Option(
+            "--format",
+            help="fp16, bf16, int8 (a scale per channel), lcx (entropy-coded), or indices of a VQModel's codebook.",
+        ),
     ] = "fp16",
     size: Annotated[
         int, typer.Option(min=1, help="Pixels a side of what is encoded, a multiple of the model's f.")
@@ -55,7 +59,7 @@ def cache_command(
     ] = "local",
     as_json: options.Json = False,
 ) -> int:
-    """Encode images and their mirrors once, for many epochs: WebDataset shards of latents, with captions and classes.
+    """Encode images and their mirrors once, for many epochs: WebDataset shards of latents or of codebook indices.
 
     The same command finishes what was interrupted, and encodes only what changed in SHARDS. On many GPUs or machines:
     accelerate launch -m train cache ... with a folder that all of them see.
@@ -99,13 +103,20 @@ def cache_command(
 
 def _sentence(out: Path, header: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     n, statistics = header["n_samples"], header["statistics"]
+    what = "indices" if "n_used" in statistics else "latents"
     parts = [
         f"{out}: {'done' if facts['changed'] else 'nothing to do, already complete'}: {n} samples of "
         f"{header['n_images']} images in {len(header['shards'])} shards, {header['size_bytes'] / 1e6:.1f} MB, "
-        f"{header['size_bytes'] / n:.0f} bytes each ({header['payload_bytes'] / n:.0f} of latents)",
+        f"{header['size_bytes'] / n:.0f} bytes each ({header['payload_bytes'] / n:.0f} of {what})",
         f"{facts['n_encoded']} encoded, {n - facts['n_encoded']} kept, {facts['n_removed']} removed",
     ]
-    if statistics["psnr_db"] is not None:
+    if "n_used" in statistics:
+        size = header["settings"]["codebook"]["size"]
+        parts.append(
+            f"{statistics['n_used']} of {size} codebook vectors used, perplexity {statistics['perplexity']:.1f}, "
+            f"{statistics['entropy_bits']:.2f} bits an index by itself"
+        )
+    elif statistics["psnr_db"] is not None:
         parts.append(f"latent PSNR {statistics['psnr_db']:.1f} dB (SNR {statistics['snr_db']:.1f} dB)")
     if header["n_bad"]:
         parts.append(f"{header['n_bad']} images bad, see bad_images.jsonl")

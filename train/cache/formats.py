@@ -1,4 +1,4 @@
-"""The formats of a latent cache that are plain tensors: safetensors of fp16, bf16, or int8 with a scale per channel.
+"""The formats of a cache; those of plain tensors: safetensors of fp16, bf16, or int8 with a scale per channel.
 
     Moments of image and mirror -> {mean, std, mirror_mean, mirror_std} -> KEY.safetensors, which anybody can read
 
@@ -19,7 +19,8 @@ from safetensors.torch import load, save
 
 from codec.errors import FormatError, NonFiniteError
 from train.cache.lcx import LcxFormat
-from train.cache.moments import LatentFormat, Moments, Sides, Written
+from train.cache.moments import LatentFormat, Moments, MomentsFormat, Sides, Written
+from train.cache.tokens import INDICES, TokenFormat
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TABLES = "tables"
@@ -30,7 +31,7 @@ _LEAST_LOG = float(np.log(1e-30))  # a deviation of 0 has no logarithm
 
 
 @dataclass(frozen=True)
-class FloatFormat:
+class FloatFormat(MomentsFormat):
     """Moments as floating point numbers.
 
     Attributes:
@@ -61,7 +62,7 @@ class FloatFormat:
 
 
 @dataclass(frozen=True)
-class Int8Format:
+class Int8Format(MomentsFormat):
     """Moments in 8 bits; see the module."""
 
     extensions: ClassVar[tuple[str, ...]] = ("safetensors",)
@@ -92,6 +93,8 @@ def make_format(settings: Mapping[str, Any], out: Path) -> LatentFormat:
         return FloatFormat(DTYPES[settings["format"]])
     if settings["format"] == "int8":
         return Int8Format()
+    if settings["format"] == INDICES:
+        return TokenFormat(settings["codebook"]["size"])
     coder = settings["tables"]
     return LcxFormat(
         tables=out / TABLES,

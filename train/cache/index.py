@@ -1,6 +1,6 @@
 """A shard of a latent cache on disk: a tar that webdataset reads, and an index for reading any sample by its offset.
 
-    samples -> shard-STEM-DIGEST.tar: KEY.json, KEY.safetensors (or KEY.lcx, KEY.mirror.lcx) ...
+    samples -> shard-STEM-DIGEST.tar: KEY.json, KEY.safetensors (or KEY.lcx, KEY.mirror.lcx; or KEY.npy) ...
             -> shard-STEM-DIGEST.index.json: per column, one value for each sample; sums for the statistics; bad images
 
 The digest stands for all that the shard was made of, so a shard of that name is done, whoever made it. Must not import
@@ -20,7 +20,7 @@ from typing import Any
 from codec.errors import FormatError, UsageError
 from codec.files import write_atomic
 from codec.shards import read_json
-from train.cache.moments import Sums
+from train.cache.moments import AnySums
 
 VERSION = 1
 HEADER = "cache.json"
@@ -50,14 +50,14 @@ class Sample:
     """One sample to be written.
 
     Attributes:
-        facts: its JSON; has `sha256`, `crop`, `class` and `mse`.
+        facts: its JSON; has `sha256`, `crop`, `class`, and `mse` where its format has an error.
         members: the bytes of the format's members.
         sums: its part of the statistics.
     """
 
     facts: Mapping[str, Any]
     members: tuple[bytes, ...]
-    sums: Sums
+    sums: AnySums
 
 
 def index_path(tar: Path) -> Path:
@@ -82,7 +82,7 @@ def write_shard(
     """
     names = ("sha256", "crop", "class", "mse")
     columns: dict[str, list[Any]] = {name: [] for name in (*names, "offset", "sizes", "crc32")}
-    sums: Sums | None = None
+    sums: AnySums | None = None
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as out:
         for number, sample in enumerate(samples):
@@ -98,7 +98,7 @@ def write_shard(
                 member = tarfile.TarInfo(f"{key_of(stem, number)}.{extension}")
                 member.size, member.mode = len(data), 0o444
                 out.addfile(member, io.BytesIO(data))
-            sums = sums or Sums.none(sample.sums.total.size)
+            sums = sums or sample.sums.empty()
             sums.add(sample.sums)
     data = buffer.getvalue()
     write_atomic(tar, data)

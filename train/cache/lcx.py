@@ -21,11 +21,11 @@ from codec import bitstream, model_folder
 from codec.coding import Coded, Coder, Settings
 from codec.errors import ModelError, NonFiniteError
 from codec.tables import QUALITIES, Mode, to_indices
-from train.cache.moments import PSNR_PEAK, Moments, Sides, Written
+from train.cache.moments import PSNR_PEAK, Moments, MomentsFormat, Sides, Written
 
 
 @dataclass(frozen=True, kw_only=True)
-class LcxFormat:
+class LcxFormat(MomentsFormat):
     """See the module.
 
     Attributes:

@@ -1,7 +1,7 @@
 """The model that a latent cache is made with: what identifies its encoder, and running it on pieces of images.
 
     folder -> CacheModel (ids, normalisation, constants), in the header
-           -> Encoder: pieces (S, S, 3) uint8 -> Moments of each piece and of its mirror
+           -> Encoder: pieces (S, S, 3) uint8 -> Moments, or Tokens, of each piece and of its mirror
 
 Imports torch and diffusers.
 """
@@ -19,10 +19,18 @@ import torch
 from codec import console, fast, model_folder
 from codec.engine import AUTO, DTYPES, Engine, EngineConfig, pick_device
 from codec.errors import ModelError, NonFiniteError, UsageError
-from codec.latent_model import LatentModel, Normalisation, decoder_id, latent_model, load_network
+from codec.latent_model import (
+    CodebookModel,
+    LatentModel,
+    Normalisation,
+    decoder_id,
+    latent_model,
+    load_network,
+)
 from codec.model_folder import ModelFolder
 from codec.pixels import to_float
 from train.cache.moments import Moments, Sides
+from train.cache.tokens import Tokens
 
 # Fields of diffusers' configs that decide what an encoder computes and that the shapes of its tensors do not show.
 _ENCODER_FIELDS = (
@@ -181,7 +189,16 @@ def engine_config(device: str, dtype: str, local_rank: int = 0) -> EngineConfig:
 class Encoder:
     """A network that is ready to encode pieces of one size."""
 
-    def __init__(self, folder: Path, config: EngineConfig, size: int, batch: int, local_rank: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: EngineConfig,
+        size: int,
+        batch: int,
+        local_rank: int = 0,
+        *,
+        as_indices: bool = False,
+    ) -> None:
         """Load the network.
 
         Args:
@@ -191,6 +208,7 @@ class Encoder:
             batch: images that go through the network at once, 1 or an even number; always so many, since what else
                 is in a batch must not change a bit, and its size may.
             local_rank: which GPU "auto" means.
+            as_indices: give the indices of a model with a codebook, in place of latents.
 
         Raises:
             ModelError: the folder is missing or damaged.
@@ -199,6 +217,7 @@ class Encoder:
         self._folder, self._batch = folder, batch
         self._engine = Engine.load(folder, config, local_rank, console.note)
         self._careful: Engine | None = None
+        self._as_indices = as_indices
         self.on_cpu = self._engine.device.type == "cpu"
         if not self._engine.fits(size, size, "encode"):
             raise UsageError(f"--size {size}: an image that large does not fit into the memory of {config.device}")
@@ -208,7 +227,7 @@ class Encoder:
         """Return where and in which type the network runs, for the user."""
         return self._engine.describe()
 
-    def __call__(self, pieces: Sequence[np.ndarray]) -> list[Sides]:
+    def __call__(self, pieces: Sequence[np.ndarray]) -> list[Sides] | list[tuple[Tokens, Tokens]]:
         """Encode pieces and their mirrors; several threads may do this at once.
 
         Args:
@@ -223,7 +242,18 @@ class Encoder:
             some = images[first : first + self._batch]
             filled = some + [some[-1]] * (self._batch - len(some))
             found += self._finite(np.stack(filled))[: len(some)]
+        if self._as_indices:
+            tokens = [self._quantised(moments) for moments in found]
+            return list(zip(tokens[::2], tokens[1::2], strict=True))
         return list(zip(found[::2], found[1::2], strict=True))
+
+    def _quantised(self, moments: Moments) -> Tokens:
+        """Return the indices of one image's latents; one by one, so that no batch changes a choice."""
+        model = self._engine.model
+        assert isinstance(model, CodebookModel), "checked when the cache was begun"
+        with torch.inference_mode():
+            z = torch.from_numpy(moments.mean)[None].to(self._engine.device)
+            return Tokens(model.quantise(z)[0].cpu().numpy())
 
     def _finite(self, images: np.ndarray) -> list[Moments]:
         found = self._posterior(images)

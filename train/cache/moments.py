@@ -2,7 +2,8 @@
 
     image, mirror -> encoder -> Moments, Moments (raw) -> LatentFormat.write -> members of a tar -> .read -> Moments
 
-Another format (codebook indices, say) is one more class with these methods and a row in `train.cache.formats.FORMATS`.
+Another format is one more class with these methods and a row in `train.cache.formats.make_format`; its sides may be
+something else, as codebook indices are (`train.cache.tokens`).
 Must not import torch: the processes that code and decode import this.
 """
 
@@ -46,8 +47,28 @@ class Written:
     facts: dict[str, Any]
 
 
+class AnySums(Protocol):
+    """What the statistics of a cache come from: `Sums`, or what a format has in their place."""
+
+    def empty(self) -> Any:
+        """Return the sums of nothing."""
+        ...
+
+    def add(self, other: Any) -> None:
+        """Add the sums of other samples to these."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain numbers and lists."""
+        ...
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what the header says."""
+        ...
+
+
 class LatentFormat(Protocol):
-    """How moments become bytes.
+    """How moments become bytes, or what stands in their place for a format that is not of moments.
 
     Attributes:
         extensions: of the members that a sample has beside its JSON, in their order.
@@ -57,7 +78,7 @@ class LatentFormat(Protocol):
     extensions: ClassVar[tuple[str, ...]]
     slow: ClassVar[bool]
 
-    def write(self, sides: Sides) -> Written:
+    def write(self, sides: Any) -> Written:
         """Return the bytes of an image and its mirror.
 
         Raises:
@@ -65,12 +86,28 @@ class LatentFormat(Protocol):
         """
         ...
 
-    def read(self, members: Sequence[bytes], mirrored: bool) -> Moments:
+    def read(self, members: Sequence[bytes], mirrored: bool) -> Any:
         """Return the moments of the image, or of its mirror.
 
         Raises:
             FormatError: the bytes are damaged.
         """
+        ...
+
+    def errors(self, stored: Any, exact: Any) -> dict[str, Any]:
+        """Return what a sample's JSON says of the difference between its stored sides and the exact ones."""
+        ...
+
+    def sums_of(self, stored: Any, facts: Mapping[str, Any]) -> Any:
+        """Return one sample's part of the statistics, of its stored sides and its JSON."""
+        ...
+
+    def sums_from(self, found: Mapping[str, Any]) -> Any:
+        """Return the sums whose `to_json` this is."""
+        ...
+
+    def no_sums(self, channels: int) -> Any:
+        """Return the sums of nothing, of latents with D = `channels`."""
         ...
 
 
@@ -111,6 +148,10 @@ class Sums:
                 sums.variance += (std * std).sum(axis=1)
         sums.error = mse * sums.n * sums.total.size
         return sums
+
+    def empty(self) -> "Sums":
+        """Return the sums of nothing, of as many channels."""
+        return Sums.none(self.total.size)
 
     def add(self, other: "Sums") -> None:
         """Add other sums to these."""
@@ -166,3 +207,23 @@ def mean_squared_error(stored: Sequence[Moments], exact: Sequence[Moments]) -> f
     pairs = zip(stored, exact, strict=True)
     errors = [float(np.mean((one.mean.astype(np.float64) - other.mean) ** 2)) for one, other in pairs]
     return float(f"{np.mean(errors):.6g}")
+
+
+class MomentsFormat:
+    """What all formats of moments do alike; see `LatentFormat`."""
+
+    def errors(self, stored: Sequence[Moments], exact: Sequence[Moments]) -> dict[str, Any]:
+        """See `LatentFormat.errors`: `mse`, of the means."""
+        return {"mse": mean_squared_error(stored, exact)}
+
+    def sums_of(self, stored: Sequence[Moments], facts: Mapping[str, Any]) -> Sums:
+        """See `LatentFormat.sums_of`."""
+        return Sums.of(stored, facts["mse"])
+
+    def sums_from(self, found: Mapping[str, Any]) -> Sums:
+        """See `LatentFormat.sums_from`."""
+        return Sums.from_json(found)
+
+    def no_sums(self, channels: int) -> Sums:
+        """See `LatentFormat.no_sums`."""
+        return Sums.none(channels)

@@ -16,8 +16,9 @@ from codec.errors import UsageError
 from codec.shards import SampleRef
 from train.cache.lcx import check_target
 from train.cache.source import CENTRE, Caption, Preprocessing, caption_of, read_captions
+from train.cache.tokens import INDICES
 
-FORMATS = ("fp16", "bf16", "int8", "lcx")
+FORMATS = ("fp16", "bf16", "int8", "lcx", INDICES)
 DEFAULT_QUALITY = 90
 _SHARD_BYTES = 32_000_000  # of a shard's latents, were they float16; a killed run loses no more than one per process
 _MOST_IMAGES = 2000  # of a shard
@@ -87,7 +88,7 @@ class CacheConfig:
         return {
             "format": self.format,
             **coder,
-            "space": "raw",
+            "space": "codebook" if self.format == INDICES else "raw",
             "preprocessing": preprocessing.to_json(),
             "preprocessing_id": preprocessing.digest,
             "dtype": dtype,

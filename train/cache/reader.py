@@ -1,6 +1,6 @@
 """Reading a latent cache by number, in any order, from any number of processes.
 
-    cache.json, indices -> CacheReader.read(n, mirrored) -> Moments (raw) and the sample's JSON
+    cache.json, indices -> CacheReader.read(n, mirrored) -> Moments (raw), or Tokens, and the sample's JSON
 
 Imports torch.
 """
@@ -15,10 +15,12 @@ import numpy as np
 
 from codec.errors import FormatError, UsageError
 from codec.shards import read_json
+from train.cache.codebook import VECTORS, Codebook
 from train.cache.formats import make_format
 from train.cache.index import HEADER, VERSION, Place, index_path, key_of, read_members, read_shard_index
 from train.cache.model import CacheModel
 from train.cache.moments import Moments
+from train.cache.tokens import INDICES, Tokens
 
 _MOST_OPEN = 64  # files; systems allow a process a few hundred
 
@@ -30,6 +32,7 @@ class CacheReader:
         folder: of the cache.
         header: cache.json.
         model: what it says about the model.
+        codebook: of a cache of indices; None of one of latents.
         classes: class of each sample as the sources name it; None where they state none.
     """
 
@@ -42,6 +45,7 @@ class CacheReader:
         self.folder = Path(folder)
         self.header = read_header(self.folder)
         self.model = CacheModel.from_json(self.header["model"])
+        self.codebook = _codebook(self.header, self.model)
         self.classes: list[str | None] = []
         self._format = make_format(self.header["settings"], self.folder)
         self._tars: list[Path] = []
@@ -98,13 +102,54 @@ class CacheReader:
             ) from exception
 
     def read(self, number: int, mirrored: bool = False) -> tuple[Moments, dict[str, Any]]:
-        """Return the raw moments of a sample, or of its mirror, and its JSON.
+        """Return the raw moments of a sample, or of its mirror, and its JSON; of a cache of latents.
 
         Raises:
             FormatError: see `members`.
         """
+        found: tuple[Moments, dict[str, Any]] = self.side(number, mirrored)
+        return found
+
+    def read_tokens(self, number: int, mirrored: bool = False) -> tuple[Tokens, dict[str, Any]]:
+        """Return the indices of a sample, or of its mirror, and its JSON; of a cache of indices.
+
+        Raises:
+            FormatError: see `members`.
+        """
+        found: tuple[Tokens, dict[str, Any]] = self.side(number, mirrored)
+        return found
+
+    def side(self, number: int, mirrored: bool) -> tuple[Any, dict[str, Any]]:
+        """Return what the cache holds of a sample, or of its mirror, and its JSON; see `read` and `read_tokens`."""
         facts, *members = self.members(number)
         return self._format.read(members, mirrored), json.loads(facts)
+
+    def require_latents(self) -> None:
+        """Raise UsageError for a cache of indices."""
+        if self.codebook is not None:
+            raise UsageError(f"{self.folder}: a cache of codebook indices; open it with train.token_dataset")
+
+    def require_indices(self) -> Codebook:
+        """Return whose indices these are; raise UsageError for a cache of latents."""
+        if self.codebook is None:
+            form = self.header["settings"]["format"]
+            raise UsageError(f"{self.folder}: a cache of latents ({form}), expected one of --format {INDICES}")
+        return self.codebook
+
+    def vectors(self) -> np.ndarray:
+        """Return the codebook's vectors, (K, d) float32, of a cache of indices.
+
+        Raises:
+            UsageError: the file is missing or damaged.
+        """
+        path, size = self.folder / VECTORS, self.require_indices().size
+        try:
+            found: np.ndarray = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as exception:
+            raise UsageError(f"{path}: cannot be read: {exception}; make the cache again: {_COMMAND}") from exception
+        if found.ndim != 2 or len(found) != size or found.dtype != np.float32:
+            raise UsageError(f"{path}: {found.shape} {found.dtype}, expected ({size}, d) float32")
+        return found
 
     def _file(self, shard: int) -> int:
         if self._process != os.getpid():  # forked: the parent's files are its own to close
@@ -126,6 +171,20 @@ class CacheReader:
         """Close the shards."""
         if hasattr(self, "_files"):
             self.close()
+
+
+def _codebook(header: dict[str, Any], model: CacheModel) -> Codebook | None:
+    found = header["settings"].get("codebook")
+    if found is None:
+        return None
+    return Codebook(
+        name=model.name,
+        size=int(found["size"]),
+        codebook_id=found["id"],
+        encoder_id=model.encoder_id,
+        decoder_id=model.decoder_id,
+        f=model.f,
+    )
 
 
 _COMMAND = "codec-train cache SHARDS -m MODEL -o CACHE"

@@ -14,8 +14,9 @@ import numpy as np
 from codec.errors import NonFiniteError
 from codec.shards import SampleRef
 from train.cache.index import Place, Sample
-from train.cache.moments import LatentFormat, Sides, Sums, mean_squared_error
+from train.cache.moments import LatentFormat, Sides
 from train.cache.plan import Entry
+from train.cache.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class Cropped:
     Attributes:
         facts: what its JSON says so far; all of it for one that was kept.
         pixels: (S, S, 3) uint8; None: it was kept, or is encoded.
-        sides: its latents; None: not yet, or it was kept.
+        sides: its latents, or its indices; None: not yet, or it was kept.
         members: of one that was kept.
     """
 
     facts: Mapping[str, Any]
     pixels: np.ndarray | None = None
-    sides: Sides | None = None
+    sides: Sides | tuple[Tokens, Tokens] | None = None
     members: tuple[bytes, ...] = ()
 
 
@@ -89,5 +90,5 @@ class Finish:
             facts, members = facts | written.facts, written.members
         stored = [self.form.read(members, mirrored) for mirrored in (False, True)]
         if crop.sides is not None:
-            facts["mse"] = mean_squared_error(stored, crop.sides)
-        return Sample(facts, members, Sums.of(stored, facts["mse"]))
+            facts |= self.form.errors(stored, crop.sides)
+        return Sample(facts, members, self.form.sums_of(stored, facts))

@@ -30,6 +30,7 @@ from train.cache.model import Encoder
 from train.cache.plan import CacheConfig, Entry, Part
 from train.cache.source import Box, Preprocessing
 from train.cache.stage import Cropped, Finish, Loaded, Unit
+from train.cache.tokens import INDICES
 
 Kept = Mapping[tuple[str, int], Place]
 """(SHA-256 of the image, number of the crop) -> where its latents lie already."""
@@ -69,7 +70,9 @@ class CacheWriter:
             UsageError: no such device, or the size does not fit into its memory.
         """
         engine = EngineConfig(device=config.device, dtype=settings["dtype"])
-        self._encoder = Encoder(config.model, engine, config.size, config.batch, local_rank)
+        self._encoder = Encoder(
+            config.model, engine, config.size, config.batch, local_rank, as_indices=config.format == INDICES
+        )
         self._out, self._jobs, self._batch = config.out, jobs, config.batch
         self._preprocessing: Preprocessing = config.preprocessing
         self._format = make_format(settings, config.out)
@@ -173,7 +176,7 @@ class CacheWriter:
         if not pieces:
             return list(loaded)
         try:
-            found = iter(self._encoder(pieces))
+            found: Iterator[Any] = iter(self._encoder(pieces))
         except NonFiniteError:
             if len(loaded) > 1:  # find out whose latents they are
                 return [encoded for one in loaded for encoded in self._encode([one])]

@@ -239,8 +239,9 @@ def _nothing(line: str) -> None:
 def _write(race: "Race", names: Sequence[str], failed: Sequence[str], out: Path) -> dict[str, Any]:
     """Write race.json and curves.png of all that has finished; return the former."""
     from codec.files import write_atomic
+    from eval import jackknife
     from eval.results import header, write_json
-    from train.race import intervals, report
+    from train.race import report
     from train.race.run import digest, results
 
     result = {
@@ -249,7 +250,7 @@ def _write(race: "Race", names: Sequence[str], failed: Sequence[str], out: Path)
         "settings_hash": digest(race.settings),
         "meanings": report.MEANINGS,
         "comparable": report.COMPARABLE,
-        "intervals": intervals.SETTINGS,
+        "intervals": jackknife.SETTINGS,
         "control": race.control,
         "entrants": results(out, race.settings, names),
         "failed": list(failed),

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from eval.jackknife import jackknife
 from train.denoiser_flow import N_BINS
-from train.race.intervals import jackknife
 
 
 def losses(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from eval.jackknife import beyond, difference
 from eval.plots import MODEL_STYLES, PLAIN_TEXT
-from train.race.intervals import beyond, difference
 
 MEANINGS = {
     "unexplained": "squared error of the predicted velocity on held-out latents, t uniform, as a share of that of the "

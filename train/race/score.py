@@ -5,7 +5,6 @@
 Entry: `feature_network`, `features`, `score`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,11 @@ import numpy as np
 import torch
 
 from codec.errors import UsageError
-from eval.distribution import Moments, frechet_distance, kernel_distance, neighbourhoods
+from eval.distribution import frechet_of_sets, kernel_distance, neighbourhoods
 from eval.feature_networks import FeatureNetwork, load_network
 from eval.features import INCEPTION, FeaturesError, find_among
+from eval.jackknife import Score, jackknife
 from train.race.data import Pictures
-from train.race.intervals import Score, jackknife
 
 FEWEST = 12
 """Images on each side below which nothing is scored: neighbourhoods need six when a group is left out."""
@@ -79,26 +78,11 @@ def score(real: np.ndarray, generated: np.ndarray) -> dict[str, Score]:
     return jackknife(_all, (real, generated))
 
 
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the Frechet distance of two sets of features, (n, C) and (m, C) float64.
-
-    That of `eval.distribution`, in far less time for fewer images than features: with centred features X and Y,
-    tr (A B)^(1/2) is the nuclear norm of X Y^T, over the root of (n - 1) (m - 1).
-    """
-    if min(len(a), len(b)) > a.shape[1]:
-        return frechet_distance(Moments.of(a), Moments.of(b))
-    x, y = a - a.mean(0), b - b.mean(0)
-    n, m = len(a) - 1, len(b) - 1
-    overlap = float(np.linalg.svd(x @ y.T, compute_uv=False).sum()) / math.sqrt(n * m)
-    spread = float(np.square(x).sum() / n + np.square(y).sum() / m)
-    return float(max(0.0, float(np.square(a.mean(0) - b.mean(0)).sum()) + spread - 2 * overlap))
-
-
 def _all(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
     n = min(len(real), len(generated))
     near = neighbourhoods(real, generated)
     return {
-        "fid": frechet(real, generated),
+        "fid": frechet_of_sets(real, generated),
         "kid": kernel_distance(real[:n], generated[:n]),
         "precision": near["precision"],
         "recall": near["recall"],
