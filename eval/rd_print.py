@@ -42,7 +42,9 @@ def show(result: Mapping[str, Any]) -> None:
         for reason in _reasons(comparisons, compared):
             console.print(escape(f"  {reason}"))
         for metric in compared:
-            console.print(_levels(comparisons["metrics"][metric.key], metric, labels))
+            tables = comparisons["metrics"][metric.key]
+            if tables["bpp_at_metric"]["levels"] or tables["metric_at_bpp"]["levels"]:  # none of single points
+                console.print(_levels(tables, metric, labels))
 
 
 def _infinite(result: Mapping[str, Any], metrics: Sequence[Metric]) -> Iterator[str]:

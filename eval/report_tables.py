@@ -187,8 +187,10 @@ def _comparisons(result: Mapping[str, Any]) -> Iterator[Table]:
     for metric in known:
         tables = found["metrics"][metric.key]
         unit = f" [{shown_unit(metric)}]" if shown_unit(metric) else ""
-        yield _levels(f"bpp at equal {metric.label}{unit}", tables["bpp_at_metric"], labels, 3)
-        yield _levels(f"{metric.label}{unit} at equal bpp", tables["metric_at_bpp"], labels, shown_digits(metric))
+        if tables["bpp_at_metric"]["levels"]:
+            yield _levels(f"bpp at equal {metric.label}{unit}", tables["bpp_at_metric"], labels, 3)
+        if tables["metric_at_bpp"]["levels"]:
+            yield _levels(f"{metric.label}{unit} at equal bpp", tables["metric_at_bpp"], labels, shown_digits(metric))
 
 
 def _bd_cell(row: Mapping[str, Any] | None) -> Cell:

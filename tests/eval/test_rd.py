@@ -16,7 +16,7 @@ from PIL import Image
 from codec.errors import ModelError
 from codec.files import find
 from codec.images import EXTENSIONS
-from eval import baselines, pictures, plots
+from eval import baselines, pictures, plots, rd_print, report_tables
 from eval.cli import main
 from eval.features import SqueezeFeatures
 from eval.metrics import KNOWN, Metrics, psnr
@@ -170,6 +170,16 @@ def test_model_and_ceiling(folder: Path, tmp_path: Path) -> None:
         assert picture.size == (8 + 3 * 264, 44 + 300)
         shown = np.asarray(picture)[44 : 44 + 176, 8 : 8 + 192]  # pixels of the original, 1:1
     assert any(np.array_equal(shown, np.asarray(Image.open(source.path))) for source in sources)
+
+
+def test_single_points_have_no_tables_of_equal_rates(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = find([folder], EXTENSIONS)
+    for qualities, shown in ([90], False), ([10, 90], True):
+        result = run_rd(sources, how([FakeCodec(), FakeCodec()], [], qualities=qualities), dataset="two")
+        rd_print.show(result)
+        assert ("at equal" in capsys.readouterr().out) == shown
+        titles = [table.title for table in report_tables.tables(result, None, {})]
+        assert any("at equal" in title for title in titles) == shown
 
 
 def test_infinite_psnr_is_null(tmp_path: Path) -> None:
