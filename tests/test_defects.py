@@ -78,6 +78,7 @@ REACHES = f"{GAME}test_each_loss_reaches_the_parameters_that_it_should_and_no_ot
 MOVES = f"{GAME}test_the_perceptual_term_alone_moves_the_reconstruction_towards_the_image"
 EVERY = f"{GAME}test_steps_move_every_parameter_of_both_networks"
 BF16 = "tests/train/test_trainer.py::test_bf16_computes_in_bf16_and_keeps_float32_weights_and_averages"
+CODEBOOKS = "tests/train/test_vq.py::test_ranks_stay_equal_to_the_bit_through_kmeans_means_and_revival"
 FEATURES = "tests/eval/test_features.py::"
 BETA = "tests/train/test_losses.py::test_beta_weighs_the_commitment_of_the_latents_and_not_the_codebook"
 
@@ -201,6 +202,12 @@ DEFECTS = (
                 Edit(TASK, 'self._scale.update(*values["latent_moments"])',
                      "self._scale.update(*self._latents.own.tolist())"),
             ), (RANKS,), f"{DRIFTED} at step 1:"),
+            Plant("codebook", (
+                Edit("train/vq/tokens.py", "total = reduce(total)", "total = total.clone()"),
+            ), (f"{CODEBOOKS}[ema]",), r"AssertionError: \('weight', 1\)"),
+            Plant("k-means", (
+                Edit("train/vq/kmeans.py", "total = reduce(total)", "total = total.clone()"),
+            ), (f"{CODEBOOKS}[ema]",), r"AssertionError: \('weight', 0\)"),
         ),
     ),
     Defect(

@@ -1,7 +1,7 @@
-"""The autoencoder task: AutoencoderKL and AutoencoderTiny, which differ only inside the model.
+"""The autoencoder task: AutoencoderKL, AutoencoderTiny and VQModel, which differ only inside the model.
 
     image -> AutoencoderModule -> x_hat -> reconstruction and adversarial terms -> gradients at x_hat -----+
-                               -> mean, log-variance, bits -> `train.latent_terms` ------------------------+-> backward
+                               -> mean, log-variance, codes, bits -> `train.latent_terms` -----------------+-> backward
 
 Each term between x and x_hat is differentiated once, as far as x_hat; their weighted sum then goes back through the
 networks in one pass. So every term's gradient is known, and the adaptive weight costs one layer instead of two more
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from codec import console
+from codec.adapters import CodebookModel
 from codec.errors import UsageError
 from codec.latent_model import LatentModel, latent_model
 from codec.latent_transform import LatentTransform
@@ -40,9 +41,12 @@ from train.networks import build_network, checkpoint_activations, decoder_only
 from train.rate import RateModel, draw_quality
 from train.task import Step, Terms, Values
 from train.validation import estimated_rates, measure
+from train.vq.export import export_codebook_model
+from train.vq.lattice import FSQ, LFQ, whiten
+from train.vq.terms import CodebookTerms, build_quantiser
 
 _HEADROOM = 2.0**14
-_RATE_IMAGES = 16  # that a rate model's first steps and densities are fitted to
+_FIRST_IMAGES = 16  # that a rate model's first steps and densities, and a lattice's latents, are fitted to
 
 
 class AutoencoderTask:
@@ -58,13 +62,14 @@ class AutoencoderTask:
         self._training = training
         self._validation = validation
         self._image = Channels.of(config.model.image_channels, config.data.samples)
-        network = build_network(config.model, alpha=self._image.alpha)
+        network = build_network(config.model, alpha=self._image.alpha, vq=config.vq)
         model = latent_model(network)
         self.f, self._channels = model.f, model.channels
         self._has_variance = model.family == "kl"
         self._last_layer = model.decoder_out
         self._decoder_only = decoder_only(config.model)
-        self._latents = LatentTerms(config, model, self._image)
+        codebook = self._build_codebook(model) if isinstance(model, CodebookModel) else None
+        self._latents = LatentTerms(config, model, self._image, codebook)
         if config.run.gradient_checkpointing:
             checkpoint_activations(network)
         if config.run.channels_last:
@@ -74,6 +79,7 @@ class AutoencoderTask:
         self.module: nn.Module = AutoencoderModule(
             network,
             rate=rate,
+            quantiser=None if codebook is None else codebook.quantiser,
             projection=alignment.projection(self._channels) if alignment else None,
             learned_scale=config.loss.learned_scale,
             frozen_encoder=self._decoder_only,
@@ -84,17 +90,33 @@ class AutoencoderTask:
         self._monitor = Monitor(config.health, config.adversarial.adaptive_cap)
         self._scale = LatentScale()  # for the noise on normalized latents
 
+    def _build_codebook(self, model: CodebookModel) -> CodebookTerms:
+        config, trained = self._config, self._config.model.init_from != ""
+        try:
+            config.check_vq()
+        except ValueError as exception:  # of a folder's family a recipe knows nothing
+            raise UsageError(str(exception)) from exception
+        quantiser = build_quantiser(config.vq, model, trained=trained, trains=not self._decoder_only)
+        if isinstance(quantiser, FSQ | LFQ) and not trained and (found := self._first_latents(model)) is not None:
+            whiten(model.network, found)
+        return CodebookTerms(quantiser, model.network, config.health)
+
     def _build_rate(self, model: LatentModel) -> RateModel:
         """Build steps and densities, fitted to what the encoder makes of a few training images now."""
         rate = RateModel(self._channels, self._config.rate.components)
-        with torch.no_grad():
-            side = max(self._config.data.sides)
-            some, channels = self._training[:_RATE_IMAGES], self._image.count
-            pieces = [image for _, image in whole_images(some, side, self.f, bad=[], channels=channels)]
-            found = [model.encode(to_float(image)[None]).mean.flatten(2) for image in pieces]
-        if found:
-            rate.initialize(torch.cat(found, dim=2)[..., None], self.f)
+        found = self._first_latents(model)
+        if found is not None:
+            rate.initialize(found[None, ..., None], self.f)
         return rate
+
+    @torch.no_grad()
+    def _first_latents(self, model: LatentModel) -> torch.Tensor | None:
+        """Return what the encoder makes of a few training images now, (D, N); None where none can be read."""
+        side = max(self._config.data.sides)
+        some, channels = self._training[:_FIRST_IMAGES], self._image.count
+        pieces = [image for _, image in whole_images(some, side, self.f, bad=[], channels=channels)]
+        found = [model.encode(to_float(image)[None]).mean[0].flatten(1) for image in pieces]
+        return torch.cat(found, dim=1) if found else None
 
     def _build_adversary(self) -> Adversary:
         discriminator = build_discriminator(self._config.adversarial, self._image.judged_count)
@@ -161,6 +183,8 @@ class AutoencoderTask:
         if not self._image.plain:
             network += f"; images: {self._image.describe()}"
         out = {"network": network, "loss": self._describe_losses()}
+        if self._latents.codebook is not None:
+            out["codebook"] = self._latents.codebook.describe()
         if self._latents.has_kl:
             side, count = max(config.data.sides), self._image.count
             ldm = kl_weight_in_ldm(config.kl, config.loss.pixel_weight, side, self.f, self._channels, count)
@@ -285,6 +309,7 @@ class AutoencoderTask:
         """See `train.task.Task.after_step`; adds phase and weights to `values`."""
         lines: list[str] = []
         self._scale.update(*values["latent_moments"])
+        lines += self._latents.after_step(values, step, reduce)
         if self.adversary is not None:
             values.update(self.adversary.logged(step))
             lines += self.adversary.after_step(values, step, reduce)
@@ -302,14 +327,16 @@ class AutoencoderTask:
 
     def discard_step(self) -> None:
         """See `train.task.Task.discard_step`."""
+        self._latents.discard_step()
         if self.adversary is not None:
             self.adversary.discard()
 
     def after_validation(self, metrics: Mapping[str, float], step: Step) -> list[str]:
         """See `train.task.Task.after_validation`."""
+        lines = self._latents.after_validation(metrics)
         if self.adversary is None or "loss" not in metrics:
-            return []
-        return self.adversary.after_validation(metrics["loss"], step)
+            return lines
+        return lines + self.adversary.after_validation(metrics["loss"], step)
 
     def state_dict(self) -> dict[str, Any]:
         """See `train.task.Task.state_dict`."""
@@ -330,7 +357,7 @@ class AutoencoderTask:
 
     def evaluate(
         self, module: nn.Module, device: torch.device, rank: int, n_ranks: int
-    ) -> tuple[list[dict[str, float]], np.ndarray | None]:
+    ) -> tuple[list[dict[str, Any]], np.ndarray | None]:
         """Measure this rank's held-out images; see `train.task.Task.evaluate` and `train.validation.measure`."""
         samples = share_of(self._validation, rank, n_ranks)
         return measure(_unwrapped(module), samples, self.loss, self._config.data.validation_crop, device)
@@ -338,6 +365,10 @@ class AutoencoderTask:
     def export(self, module: nn.Module, out: Path, record: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         """See `train.task.Task.export`; with a rate model the figures hold its estimate, of STATIC mode."""
         parts = _unwrapped(module)
+        discriminator = self.critic if self._config.adversarial.export else None
+        if parts.quantiser is not None:
+            run = (self._config, self._training, self._validation)
+            return export_codebook_model(parts.network, out, *run, record=record, discriminator=discriminator)
         figures = export_model(
             parts.network,
             out,
@@ -347,7 +378,7 @@ class AutoencoderTask:
             record=record,
             device=device,
             step=None if parts.rate is None else parts.rate.step.cpu().numpy(),
-            discriminator=self.critic if self._config.adversarial.export else None,
+            discriminator=discriminator,
         )
         if parts.rate is not None and "by_quality" in figures:
             checked = self._validation[: figures["n_checked"]]

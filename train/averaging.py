@@ -1,18 +1,43 @@
 """The moving average of the weights, which is what is validated and exported."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 
-def averaged(module: nn.Module, decay: float) -> AveragedModel:
-    """Return a float32 exponential moving average of a module, decay min(decay, (1 + t) / (10 + t)) at update t."""
+@runtime_checkable
+class Settles(Protocol):
+    """A module some of whose tensors are more than their mean."""
+
+    def settle(self, live: nn.Module) -> None:
+        """Make `self`, the averages of `live`, right where a mean is not."""
+        ...
+
+
+class Average(AveragedModel):
+    """Averages that are settled after each update, where the module knows how."""
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take in the parameters and buffers of `model`."""
+        super().update_parameters(model)
+        if isinstance(self.module, Settles):
+            self.module.settle(model)
+
+
+def averaged(module: nn.Module, decay: float) -> Average:
+    """Return a float32 exponential moving average of a module, decay min(decay, (1 + t) / (10 + t)) at update t.
+
+    Tensors that are no floating-point numbers are copied.
+    """
 
     def update(averages: Any, values: Any, count: torch.Tensor | int) -> None:
+        if not averages[0].is_floating_point():
+            torch._foreach_copy_(list(averages), list(values))
+            return
         rate = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
         torch._foreach_lerp_(list(averages), list(values), rate)
 
-    average = AveragedModel(module, multi_avg_fn=update, use_buffers=True)
+    average = Average(module, multi_avg_fn=update, use_buffers=True)
     return average.eval().requires_grad_(False)

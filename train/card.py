@@ -70,12 +70,12 @@ def model_card(
         f"- data: {record['data']}; licence: {config.export.data_licence or 'not stated'}",
         f"- {record.get('images_seen', 'n/a')} images seen in {record.get('steps', 'n/a')} steps, "
         f"{record.get('time_s', 0) / 60:.1f} minutes; crops of {crops} pixels",
-        f"- {_start(config)}",
-        *_images(config),
+        f"- {start_line(config)}",
+        *image_lines(config),
         f"- loss: {record.get('losses', 'n/a')}" + ("" if config.adversarial.weight else "; no discriminator"),
         f"- AdamW, lr {config.optim.lr:g}, {config.optim.schedule}; these are the averaged weights (EMA "
         f"{config.optim.ema_decay:g} per step)",
-        f"- validation (held-out centre crops, mode, not quantised, 8 bit): {_inline(record.get('validation', {}))}",
+        f"- validation (held-out centre crops, mode, not quantised, 8 bit): {inline(record.get('validation', {}))}",
         "",
         "## Latents",
         "",
@@ -108,23 +108,23 @@ def model_card(
         "",
         "## Licence",
         "",
-        *licence_lines(config.export.licence, config.export.data_licence, _last_parts(config.model.init_from)),
+        *licence_lines(config.export.licence, config.export.data_licence, last_parts(config.model.init_from)),
         "",
     ]
     return "\n".join(lines)
 
 
-def _start(config: Config) -> str:
+def start_line(config: Config) -> str:
     """Say what training started from."""
     model = config.model
-    taught = f"; taught by the latents of {_last_parts(model.teacher)}" if model.teacher else ""
+    taught = f"; taught by the latents of {last_parts(model.teacher)}" if model.teacher else ""
     if not model.init_from:
         return f"from random weights{taught}"
     frozen = "the decoder alone: encoder and latents are the base's" if decoder_only(model) else "all of it"
-    return f"from {_last_parts(model.init_from)}, {frozen}{taught}"
+    return f"from {last_parts(model.init_from)}, {frozen}{taught}"
 
 
-def _images(config: Config) -> list[str]:
+def image_lines(config: Config) -> list[str]:
     """Say what the channels of the images are, where they are not RGB."""
     channels = Channels.of(config.model.image_channels, config.data.samples)
     return [] if channels.plain else [f"- images of {channels.count} channels: {channels.describe()}, in [-1, 1]"]
@@ -136,10 +136,10 @@ def latents_of(config: Config) -> str:
     if not keeps_latents(model, config.latents):
         return ""
     anchor = config.latents.anchor if config.latents.anchor_weight > 0 else ""
-    return _last_parts(model.teacher or anchor or model.init_from)
+    return last_parts(model.teacher or anchor or model.init_from)
 
 
-def _last_parts(folder: str) -> str:
+def last_parts(folder: str) -> str:
     """The end of a path: the last name alone is often "vae" or "model", the whole one is nobody's business."""
     return "/".join(Path(folder).parts[-2:])
 
@@ -185,5 +185,5 @@ def _channels(summary: LatentSummary) -> list[str]:
     return ["| channel | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|", *rows]
 
 
-def _inline(metrics: Mapping[str, float]) -> str:
+def inline(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or "n/a"

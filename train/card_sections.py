@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from codec import facts, preview
+from codec.adapters import CodebookModel
 from codec.files import write_atomic
 from codec.latent_model import LatentModel, latent_model
 from codec.model_folder import CODEC_TENSORS
@@ -104,7 +105,7 @@ def where_it_loads(network: nn.Module, known: Mapping[str, Any], formats: Mappin
     """
     model, kind = latent_model(network), type(network).__name__
     rows = [
-        ("diffusers", "yes", f"`{kind}.from_pretrained(FOLDER)`"),
+        _diffusers_row(model, kind),
         *_single_file_rows(network, known, formats),
         *_float16_rows(network, formats),
         _onnx_row(formats),
@@ -114,6 +115,13 @@ def where_it_loads(network: nn.Module, known: Mapping[str, Any], formats: Mappin
         rows.append(("latent-codec", "yes", "`codec encode photos -o coded -m FOLDER`"))
     table = ["| where | loads | how, or why not |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     return [*table, *_shift_lines(model)]
+
+
+def _diffusers_row(model: LatentModel, kind: str) -> tuple[str, str, str]:
+    if isinstance(model, CodebookModel) and model.fsq_levels:
+        how = f"`{kind}.from_pretrained(FOLDER).decode(VECTORS, force_not_quantize=True)`; its own quantisation is not "
+        return "diffusers", "decodes", f"{how}that of this lattice: indices are `load_latent_model(FOLDER).indices(x)`"
+    return "diffusers", "yes", f"`{kind}.from_pretrained(FOLDER)`"
 
 
 def preview_lines(found: preview.Preview, file: str | None) -> list[str]:

@@ -5,14 +5,16 @@ from typing import Any, Literal
 
 from train.checks import require
 from train.loss_config import AdversarialConfig, HealthConfig, KLConfig, LatentConfig, LossConfig, RateConfig
+from train.schedules import parse_moment
+from train.vq.config import LEARNED, VQConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network: a diffusers.AutoencoderKL or AutoencoderTiny."""
+    """The network: a diffusers.AutoencoderKL, AutoencoderTiny or VQModel."""
 
-    family: Literal["kl", "tiny"] = "kl"
-    """kl: AutoencoderKL; tiny: AutoencoderTiny, without variance, norms and attention."""
+    family: Literal["kl", "tiny", "vq"] = "kl"
+    """kl: AutoencoderKL; tiny: AutoencoderTiny, without variance, norms and attention; vq: VQModel, see `vq`."""
     init_from: str = ""
     """Folder of a diffusers autoencoder to start from; it decides family, widths and so on. Empty = from scratch."""
     trainable: Literal["auto", "all", "decoder"] = "auto"
@@ -27,17 +29,17 @@ class ModelConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     """Widths from full resolution down; f = 2^(number of widths - 1)."""
     layers_per_block: int = 2
-    """Residual blocks a level in the encoder; the decoder has one more (kl) or as many (tiny)."""
+    """Residual blocks a level in the encoder; the decoder has one more (kl, vq) or as many (tiny)."""
     latent_channels: int = 4
-    """D."""
+    """D; with family vq before the convolution that gives the codebook's d channels."""
     norm_num_groups: int = 32
-    """Groups of GroupNorm; must divide every width (kl)."""
+    """Groups of GroupNorm; must divide every width (kl, vq)."""
     mid_block_add_attention: bool = True
     """Self-attention over the whole latent grid, in the middle of encoder and decoder."""
     init: Literal["linear", "diffusers"] = "linear"
     """linear: a nearly linear pyramid that lets brightness pass, learns much sooner; diffusers: torch's default."""
     use_quant_conv: bool = True
-    """The two 1x1 convolutions around the latents, as in Stable Diffusion 1 and 2."""
+    """The two 1x1 convolutions around the latents, as in Stable Diffusion 1 and 2 (kl; a VQModel always has them)."""
 
     def __post_init__(self) -> None:
         require(self.teacher_weight >= 0, "model.teacher_weight", self.teacher_weight, ">= 0")
@@ -52,7 +54,7 @@ class ModelConfig:
         if self.family == "tiny":
             same = len(set(self.block_out_channels)) == 1 and self.block_out_channels[0] > 0
             require(same, "model.block_out_channels", self.block_out_channels, "equal widths (family tiny)")
-        for width in self.block_out_channels if self.family == "kl" else ():
+        for width in self.block_out_channels if self.family != "tiny" else ():
             require(
                 width > 0 and width % self.norm_num_groups == 0,
                 "model.block_out_channels",
@@ -276,6 +278,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    vq: VQConfig = field(default_factory=VQConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     latents: LatentConfig = field(default_factory=LatentConfig)
     rate: RateConfig = field(default_factory=RateConfig)
@@ -292,6 +295,14 @@ class Config:
             for side in self.data.crops:
                 require(side % self.model.f == 0, "data.crops", side, f"multiples of f = {self.model.f}")
         self._check_across()
+        if self.model.family == "vq":
+            self.check_vq()
+            require(
+                self.kl.weight == 0 or self.model.init_from != "",
+                "kl.weight",
+                self.kl.weight,
+                "0 with model.family vq: it has no variance",
+            )
         if self.model.family == "tiny" and not self.model.init_from:
             require(self.kl.weight == 0, "kl.weight", self.kl.weight, "0 with model.family tiny: it has no variance")
             require(
@@ -329,6 +340,22 @@ class Config:
                 not model.decoder_only, "latents.anchor_weight", latents.anchor_weight, "0: the encoder stays as it is"
             )
             require(model.teacher == "", "latents.anchor_weight", latents.anchor_weight, "0 with model.teacher")
+
+    def check_vq(self) -> None:
+        """Raise ValueError where something is asked for that a VQModel cannot have; also called for one of a folder."""
+        why = "of a VQModel's latents only codebook vectors reach the decoder"
+        for name, value in (
+            ("rate.probability", self.rate.probability),
+            ("latents.noise", self.latents.noise),
+            ("latents.equivariance", self.latents.equivariance),
+        ):
+            require(value == 0, name, value, f"0 with model.family vq: {why}")
+        anchor = self.latents.anchor_weight
+        require(anchor == 0, "latents.anchor_weight", anchor, "0 with model.family vq: indices have no distance")
+        checkpointed = self.run.gradient_checkpointing
+        require(not checkpointed, "run.gradient_checkpointing", True, "false with model.family vq: diffusers has none")
+        late = self.vq.kind in LEARNED and parse_moment(self.vq.start).images >= self.run.n_images
+        require(not late, "vq.start", self.vq.start, f"less than run.n_images = {self.run.n_images}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

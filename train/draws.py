@@ -15,6 +15,9 @@ LATENT_NOISE = 12
 PER_IMAGE = 13
 PER_BATCH = 14
 BACKGROUND = 15
+POOL = 16  # latents that a codebook begins with
+CODEBOOK = 17
+REVIVAL = 18
 
 
 def rng(seed: int, stream: int, position: int) -> np.random.Generator:

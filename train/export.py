@@ -47,10 +47,10 @@ from train.half_precision import MAX_IMAGES, MAX_SIDE, Half, measure_half
 from train.networks import decoder_only, keeps_latents
 
 STATISTICS_SIDE = 1024  # pixels
-_MAX_CHECKED_IMAGES = 8
+MAX_CHECKED_IMAGES = 8
 _QUALITIES = (0, 25, 50, 75, 100)
 _STATIC = Settings(effort=0, modes=(tables.Mode.STATIC,))  # the mode whose rate a rate model estimates
-_DISCRIMINATOR = "discriminator"  # folder in a model folder
+DISCRIMINATOR = "discriminator"  # folder in a model folder
 
 
 def export_model(
@@ -107,10 +107,10 @@ def export_model(
     preview = _preview(fit, model, mean_as_trained - measured.summary.mean)
     real = [each for _, each in whole_images(samples[:MAX_IMAGES], MAX_SIDE, model.f, [], image.count)]
     half = measure_half(network, real)
-    _write_network(network, out, half)
+    write_network(network, out, half)
     if discriminator is not None:
-        _write_discriminator(discriminator, out / _DISCRIMINATOR)
-    info = _info(model, config, record, (len(training), len(validation)))
+        write_discriminator(discriminator, out / DISCRIMINATOR)
+    info = model_info(model, config, record, (len(training), len(validation)))
     info |= {"statistics": measured.summary.to_json(), "preview": None if preview is None else preview.to_json()}
     coding = _tables(config, measured, learned=step is not None)
     if image.plain:  # the codec codes no others
@@ -124,11 +124,13 @@ def export_model(
         console.error(f"sample {key}: {reason} (left out of the model's statistics)")
     card = model_card(info, config, network, measured.summary, figures, kept=keep)
     write_atomic(out / "README.md", card.encode())
-    _write_fixture(model, image, out, config)
-    return figures | _other_formats(network, out, config, half)
+    write_fixture(model, image, out, config)
+    return figures | other_formats(network, out, config, half)
 
 
-def _info(model: LatentModel, config: Config, record: Mapping[str, Any], counts: tuple[int, int]) -> dict[str, Any]:
+def model_info(
+    model: LatentModel, config: Config, record: Mapping[str, Any], counts: tuple[int, int]
+) -> dict[str, Any]:
     """Return what codec.json says of a model before anything is measured; counts: of training and held-out images."""
     return {
         "name": config.export.name or Path(config.run.out).resolve().name,
@@ -146,14 +148,14 @@ def _info(model: LatentModel, config: Config, record: Mapping[str, Any], counts:
 
 def _tables(config: Config, measured: Measured, *, learned: bool) -> dict[str, Any]:
     """Return mean, step and table sets: fitted to the latents, or the base's; `learned`: the steps are the run's."""
-    base = None if learned else _base(config)
+    base = None if learned else coding_base(config)
     if base is not None:
         return {"mean": base.mean, "step": base.step, "table_sets": list(base.table_sets.values())}
     mean = measured.summary.mean.astype(np.float32)
     return {"mean": mean, "step": measured.step, "table_sets": [tables.fit(measured.grids, mean, measured.step)]}
 
 
-def _base(config: Config) -> ModelFolder | None:
+def coding_base(config: Config) -> ModelFolder | None:
     """Return the codec's part of the model whose decoder alone was trained; None where there is none."""
     folder = Path(config.model.init_from)
     if decoder_only(config.model) and config.model.init_from and model_folder.is_model_folder(folder):
@@ -175,7 +177,7 @@ def load_discriminator_state(folder: Path) -> dict[str, torch.Tensor] | None:
     Raises:
         ModelError: it is damaged.
     """
-    path = folder / _DISCRIMINATOR / "model.safetensors"
+    path = folder / DISCRIMINATOR / "model.safetensors"
     if not path.parent.is_dir():
         return None
     try:
@@ -226,7 +228,7 @@ def _set_scaling(network: Any, config: Config, measured: Measured, keep_scaling:
     network.register_to_config(**{name: value for name, value in settings.items() if name in network.config})
 
 
-def _write_network(network: Any, out: Path, half: Half) -> None:
+def write_network(network: Any, out: Path, half: Half) -> None:
     """Write diffusers' folder, in place of an older one, and load it again.
 
     Raises:
@@ -250,13 +252,13 @@ def save_network(network: Any, out: Path) -> None:
     network.save_pretrained(out)
     # A base leaves the place that it was loaded from, and whatever else stood in its config, in this one.
     document = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    known = {"_class_name", "_diffusers_version", *inspect.signature(type(network).__init__).parameters}
+    known = {"_class_name", "_diffusers_version", "fsq_levels", *inspect.signature(type(network).__init__).parameters}
     document = {name: value for name, value in document.items() if name in known}
     write_atomic(out / "config.json", (json.dumps(document, indent=2) + "\n").encode())
     make_readable(out)
 
 
-def _other_formats(network: nn.Module, out: Path, config: Config, half: Half) -> dict[str, Any]:
+def other_formats(network: nn.Module, out: Path, config: Config, half: Half) -> dict[str, Any]:
     """Write the formats of the recipe; what cannot be had is said, and costs a finished run nothing."""
     wanted = Wanted.named(config.export.formats)
     for attempt in (wanted, Wanted(single_file=False)):
@@ -270,7 +272,7 @@ def _other_formats(network: nn.Module, out: Path, config: Config, half: Half) ->
     return {"float16": half.verdict, "formats": names}
 
 
-def _write_discriminator(discriminator: nn.Module, folder: Path) -> None:
+def write_discriminator(discriminator: nn.Module, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in discriminator.state_dict().items()}
     save_file(state, folder / "model.safetensors")
@@ -298,7 +300,7 @@ def _check(
         with torch.inference_mode():
             posterior = model.encode(x)
             statistics.update(posterior)
-            if n_held_out > _MAX_CHECKED_IMAGES:
+            if n_held_out > MAX_CHECKED_IMAGES:
                 continue
             x_hat = to_uint8(model.decode(posterior.mean).float()[0])
         ceiling.append(image.measured(picture, x_hat)["psnr"])
@@ -335,7 +337,7 @@ def _add_rates(codec: Codec, image: np.ndarray, rows: Mapping[int, list[tuple[fl
         rows[quality].append((8 * len(data) / n_pixels, psnr(image, codec.decode(data)), 8 * len(static) / n_pixels))
 
 
-def _write_fixture(model: LatentModel, image: Channels, out: Path, config: Config) -> None:
+def write_fixture(model: LatentModel, image: Channels, out: Path, config: Config) -> None:
     """Write one input with the trainer's own latents and reconstruction, to hold any other runtime to.
 
     Beside the model of a run; into a model that is exported to another place.

@@ -1,8 +1,9 @@
-"""The terms on the latents of an autoencoder: KL, rate, teacher, anchor, alignment; and the frozen networks they need.
+"""The terms on the latents of an autoencoder: KL, codebook, rate, teacher, anchor, alignment; their frozen networks.
 
 mean, log-variance, bits (`train.module.Outputs`) -> LatentTerms.terms -> named scalars, weighted
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from train.module import Draws, Outputs
 from train.networks import adopt_normalisation, check_latents, check_teacher, load_reference, load_teacher
 from train.rate import price
 from train.schedules import kl_factor, parse_moment
-from train.task import Step
+from train.task import Step, Values
+from train.vq.terms import CodebookTerms
 
 _LEAST_KL_RELIEF = 1 / 64
 
@@ -30,15 +32,19 @@ class LatentTerms:
     Attributes:
         kl_relief: what posterior collapse has multiplied the KL's weight by.
         has_kl: whether there is a KL term.
+        codebook: what there is to do with the quantiser; None without one.
     """
 
-    def __init__(self, config: Config, model: LatentModel, channels: Channels) -> None:
+    def __init__(
+        self, config: Config, model: LatentModel, channels: Channels, codebook: CodebookTerms | None = None
+    ) -> None:
         """Load teacher, anchor and alignment network, where the recipe names them.
 
         Args:
             config: the recipe.
             model: the network to train; one that is anchored gets the anchor's normalisation.
             channels: of the images.
+            codebook: of a network that has one.
 
         Raises:
             UsageError: one of them is missing or does not fit.
@@ -48,6 +54,7 @@ class LatentTerms:
         self._channels = channels
         self.has_kl = config.kl.weight > 0 and not config.model.decoder_only and model.family == "kl"
         self.kl_relief = 1.0
+        self.codebook = codebook
         self.teacher = _load_teacher(config, model) if config.model.teacher else None
         self.anchor = _load_anchor(config, model) if config.latents.anchor_weight > 0 else None
         self.alignment: FeatureAlignment | None = None
@@ -71,6 +78,8 @@ class LatentTerms:
         config, texts = self._config, []
         if self.has_kl:
             texts.append(f"{config.kl.weight:g} KL nats/{config.kl.reduction}")
+        if self.codebook is not None:
+            texts += self.codebook.loss()
         if config.rate.probability > 0:
             texts.append(f"{config.rate.weight:g} bpp (at q 0)")
         if self.teacher is not None:
@@ -108,6 +117,8 @@ class LatentTerms:
         config = self._config
         values["latent_moments"] = latent_moments(outputs.mean)
         terms = {} if outputs.logvar is None else self._kl(outputs.mean, outputs.logvar, x, step, values)
+        if outputs.codes is not None and self.codebook is not None:
+            terms |= self.codebook.terms(outputs.codes, step, values)
         if outputs.bits is not None:
             assert draws.quality is not None
             assert draws.coded is not None
@@ -125,6 +136,19 @@ class LatentTerms:
             aligned = self.alignment(outputs.mean, outputs.projected, seen)
             terms["alignment"] = config.latents.alignment_weight * aligned
         return terms
+
+    def after_step(self, values: Values, step: Step, reduce: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
+        """See `train.task.Task.after_step`."""
+        return [] if self.codebook is None else self.codebook.after_step(values, step, reduce)
+
+    def discard_step(self) -> None:
+        """See `train.task.Task.discard_step`."""
+        if self.codebook is not None:
+            self.codebook.discard()
+
+    def after_validation(self, metrics: Mapping[str, float]) -> list[str]:
+        """See `train.task.Task.after_validation`."""
+        return [] if self.codebook is None else self.codebook.after_validation(metrics)
 
     def _kl(
         self, mean: torch.Tensor, logvar: torch.Tensor, x: torch.Tensor, step: Step, values: dict[str, torch.Tensor]

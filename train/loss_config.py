@@ -212,9 +212,12 @@ class HealthConfig:
     """A channel is active when its KL is above this, nats per latent position."""
     min_active: float = 0.5
     """Posterior collapse: a smaller share of active channels than this."""
+    min_usage: float = 0.2
+    """Low codebook usage: a smaller share of the vectors is chosen on held-out images than this (vq)."""
 
     def __post_init__(self) -> None:
         require(self.window >= 1, "health.window", self.window, ">= 1")
         for name in ("logit_gap", "active_nats"):
             require(getattr(self, name) >= 0, f"health.{name}", getattr(self, name), ">= 0")
-        require(0 <= self.min_active <= 1, "health.min_active", self.min_active, "0..1")
+        for name in ("min_active", "min_usage"):
+            require(0 <= getattr(self, name) <= 1, f"health.{name}", getattr(self, name), "0..1")

@@ -46,6 +46,11 @@ def vq_loss(z: torch.Tensor, z_q: torch.Tensor, beta: float) -> torch.Tensor:
     return F.mse_loss(z_q, z.detach()) + beta * F.mse_loss(z, z_q.detach())
 
 
+def commitment_loss(z: torch.Tensor, z_q: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return the second term of `vq_loss` alone, beta * (z - sg[z_q])^2: of a codebook that no gradient moves."""
+    return beta * F.mse_loss(z.float(), z_q.detach().float())
+
+
 def kl_scale(reduction: str, n_pixels: int, n_positions: int, channels: int) -> float:
     """Return what the KL per position, summed over channels, is multiplied by for a reduction of `kl.reduction`.
 

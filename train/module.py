@@ -1,7 +1,7 @@
 """What DDP wraps: one forward is the whole pass of an autoencoder, so that every gradient is reduced over ranks.
 
-x -> encoder -> mean, log-variance -> z (posterior sample, or one quantiser step of noise) -> noise, transform
-  -> decoder -> x_hat
+x -> encoder -> mean, log-variance -> z (posterior sample, one quantiser step of noise, or codebook vectors)
+  -> noise, transform -> decoder -> x_hat
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from diffusers.models.downsampling import Downsample2D
@@ -21,6 +21,7 @@ from codec.latent_model import latent_model
 from codec.latent_transform import LatentTransform
 from train.latent_losses import noisy_latents
 from train.rate import RateModel
+from train.vq.quantiser import Codes, Quantiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class Outputs:
         bits: (B,) estimated bits of each image, coded or not; None without a rate model.
         log_scale: scalar s of the learned scale; None without it.
         projected: (B, C', h, w) latents projected to the features they are aligned with; None without alignment.
+        codes: what the quantiser made of the latents; None without one.
     """
 
     x_hat: torch.Tensor
@@ -67,6 +69,7 @@ class Outputs:
     bits: torch.Tensor | None
     log_scale: torch.Tensor | None
     projected: torch.Tensor | None
+    codes: Codes | None
 
 
 class AutoencoderModule(nn.Module):
@@ -74,9 +77,10 @@ class AutoencoderModule(nn.Module):
 
     def __init__(
         self,
-        network: AutoencoderKL | AutoencoderTiny,
+        network: AutoencoderKL | AutoencoderTiny | VQModel,
         *,
         rate: RateModel | None = None,
+        quantiser: Quantiser | None = None,
         projection: nn.Module | None = None,
         learned_scale: bool = False,
         frozen_encoder: bool = False,
@@ -84,6 +88,7 @@ class AutoencoderModule(nn.Module):
         super().__init__()
         self.network = network
         self.rate = rate
+        self.quantiser = quantiser
         self.projection = projection
         self.log_scale = nn.Parameter(torch.zeros(())) if learned_scale else None
         self._frozen_encoder = frozen_encoder
@@ -110,6 +115,10 @@ class AutoencoderModule(nn.Module):
             noisy = self.rate.noisy(mean, draws.quality, draws.uniform)
             bits = self.rate.bits(noisy, draws.quality)
             z = torch.where(draws.coded[:, None, None, None], noisy, z)
+        codes = None
+        if self.quantiser is not None:
+            codes = self.quantiser(z, self.network.quantize.embedding.weight)
+            z = codes.z_q
         if draws.teacher_latents is not None:
             z = draws.teacher_latents
         if draws.noise is not None and draws.noise_deviation is not None:
@@ -117,13 +126,33 @@ class AutoencoderModule(nn.Module):
         if draws.transform is not None:
             z = draws.transform.latents(z)
         return Outputs(
-            x_hat=self._model.decode(z).float(),
+            x_hat=self._decode(z).float(),
             mean=mean,
             logvar=logvar,
             bits=bits,
             log_scale=self.log_scale,
             projected=None if self.projection is None else self.projection(mean).float(),
+            codes=codes,
         )
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether latents become codebook vectors by now."""
+        return self.quantiser is not None and bool(self.quantiser.started)
+
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        if self.quantiser is None:
+            return self._model.decode(z)
+        x_hat: torch.Tensor = self.network.decode(z, force_not_quantize=True).sample  # vectors already, to the bit
+        return x_hat
+
+    @torch.no_grad()
+    def settle(self, live: nn.Module) -> None:
+        """See `train.averaging.Settles`: averaged vectors have to be a codebook."""
+        assert isinstance(live, AutoencoderModule)
+        if self.quantiser is not None and live.quantiser is not None:
+            average, weight = (network.quantize.embedding.weight for network in (self.network, live.network))
+            self.quantiser.settle(average, weight, live.quantiser)
 
 
 def compile_blocks(network: nn.Module) -> None:

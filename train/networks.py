@@ -7,22 +7,26 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from torch import nn
 
+from codec import fsq
 from codec.errors import UsageError
 from codec.latent_model import LatentModel, load_network
 from train.config import ModelConfig
 from train.inflate import image_channels_of, inflate
 from train.loss_config import LatentConfig
+from train.vq.config import VQConfig
+from train.vq.lattice import corners
 
 _ANCHOR = 3.0  # in units of the content's deviation, about 1 at initialisation
 
 
-def build_network(config: ModelConfig, *, alpha: bool = True) -> nn.Module:
-    """Build the AutoencoderKL or AutoencoderTiny to train, in float32; frozen where only the decoder learns.
+def build_network(config: ModelConfig, *, alpha: bool = True, vq: VQConfig | None = None) -> nn.Module:
+    """Build the AutoencoderKL, AutoencoderTiny or VQModel to train, in float32; frozen where only the decoder learns.
 
     Args:
         config: with `init_from` the folder decides class and shape, and its image channels are inflated to
             `image_channels`; else the weights are random (torch's default generator).
         alpha: whether the fourth of four image channels is alpha; see `train.inflate`.
+        vq: of the quantiser of a VQModel; None = the defaults.
 
     Raises:
         ModelError: `init_from` is missing, damaged, or of a class that is not supported.
@@ -31,9 +35,10 @@ def build_network(config: ModelConfig, *, alpha: bool = True) -> nn.Module:
     """
     if config.init_from:
         base = load_network(Path(config.init_from), image_channels=None)
-        if not isinstance(base, AutoencoderKL | AutoencoderTiny):
+        if not isinstance(base, AutoencoderKL | AutoencoderTiny | VQModel):
+            name = type(base).__name__
             raise UsageError(
-                f"model.init_from: a {type(base).__name__}; only AutoencoderKL and AutoencoderTiny can be trained"
+                f"model.init_from: a {name}; only AutoencoderKL, AutoencoderTiny and VQModel can be trained"
             )
         network = inflate(base, config.image_channels, alpha=alpha and config.image_channels == 4).train()
         if network is not base and decoder_only(config):
@@ -44,7 +49,7 @@ def build_network(config: ModelConfig, *, alpha: bool = True) -> nn.Module:
     elif decoder_only(config):
         raise UsageError("model.trainable = decoder: the latents of which autoencoder? Set model.init_from=FOLDER")
     else:
-        network = _tiny_network(config) if config.family == "tiny" else _kl_network(config)
+        network = _new_network(config, vq or VQConfig())
     if decoder_only(config):
         freeze_encoder(network)
     return network
@@ -136,6 +141,12 @@ def checkpoint_activations(network: Any) -> None:
     network.enable_gradient_checkpointing()
 
 
+def _new_network(config: ModelConfig, vq: VQConfig) -> nn.Module:
+    if config.family == "vq":
+        return _vq_network(config, vq)
+    return _tiny_network(config) if config.family == "tiny" else _kl_network(config)
+
+
 def _kl_network(config: ModelConfig) -> nn.Module:
     n = len(config.block_out_channels)
     network = AutoencoderKL(
@@ -157,6 +168,39 @@ def _kl_network(config: ModelConfig) -> nn.Module:
         initialize_linear(network)
     kl: nn.Module = network
     return kl
+
+
+def _vq_network(config: ModelConfig, vq: VQConfig) -> nn.Module:
+    """A VQModel with random vectors, or with those of a lattice."""
+    n = len(config.block_out_channels)
+    network = VQModel(
+        block_out_channels=config.block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        in_channels=config.image_channels,
+        out_channels=config.image_channels,
+        norm_num_groups=config.norm_num_groups,
+        mid_block_add_attention=config.mid_block_add_attention,
+        num_vq_embeddings=vq.codebook_size,
+        vq_embed_dim=vq.dim(config.latent_channels),
+        scaling_factor=1.0,
+    )
+    if config.init == "linear":
+        initialize_linear(network)
+    with torch.no_grad():
+        weight = network.quantize.embedding.weight
+        weight.normal_()
+        if vq.cosine:
+            weight.copy_(nn.functional.normalize(weight, dim=1))
+        elif vq.kind == "fsq":
+            weight.copy_(fsq.codebook(vq.fsq_levels))
+            network.register_to_config(fsq_levels=list(vq.fsq_levels))  # see `codec.adapters.CodebookModel`
+        elif vq.kind == "lfq":
+            weight.copy_(corners(weight.shape[1]))
+    built: nn.Module = network
+    return built
 
 
 def _tiny_network(config: ModelConfig) -> nn.Module:
@@ -195,7 +239,7 @@ def _initialize_tiny(network: AutoencoderTiny) -> None:
 
 
 @torch.no_grad()
-def initialize_linear(network: AutoencoderKL) -> None:
+def initialize_linear(network: AutoencoderKL | VQModel) -> None:
     """Start as a nearly linear pyramid that carries absolute brightness from end to end.
 
     torch's default shrinks the path that carries the image by 0.58 at every convolution on it, so what the decoder sees

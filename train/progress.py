@@ -1,13 +1,15 @@
 """How far a run is, and its values in short: for the log, the progress bar and the model card."""
 
 import math
+import operator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from train.journal import environment
-from train.task import Task, Values
+from train.task import Tally, Task, Values
 
 
 @dataclass
@@ -53,13 +55,23 @@ def finite(value: float | list[float]) -> bool:
     return all(map(math.isfinite, value)) if isinstance(value, list) else math.isfinite(value)
 
 
-def means(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the rows that have it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+def means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of each metric over the rows that have it; of tallies, which are added up, their figures."""
+    out: dict[str, float] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if name in row]
+        if isinstance(values[0], Tally):
+            out |= reduce(operator.add, values).figures()
+        else:
+            out[name] = float(np.mean(values))
+    return out
 
 
 def brief(values: Values) -> str:
     """The weighted terms, short enough for a progress bar of 80 columns; log.jsonl has them in full."""
-    shown = [name for name in ("l1", "l2", "huber", "bce", "perceptual", "ms_ssim", "kl", "rate") if name in values]
+    shown = [
+        name
+        for name in ("l1", "l2", "huber", "bce", "perceptual", "ms_ssim", "kl", "rate", "vq", "commitment")
+        if name in values
+    ]
     return " ".join(f"{name[:4]} {values[name]:.2f}" for name in shown) + f" {values.get('phase', '')}"

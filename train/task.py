@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -91,6 +91,16 @@ class Terms:
     carry: Any = None
 
 
+@runtime_checkable
+class Tally(Protocol):
+    """What one sample contributes to a metric that is no mean over samples."""
+
+    def __add__(self, other: Any) -> Any: ...
+    def figures(self) -> dict[str, float]:
+        """Return the metrics that the sum over all samples gives."""
+        ...
+
+
 Values = dict[str, Any]
 """Logged values as plain floats, or lists of them."""
 
@@ -174,8 +184,10 @@ class Task(Protocol):
 
     def evaluate(
         self, module: nn.Module, device: torch.device, rank: int, n_ranks: int
-    ) -> tuple[list[dict[str, float]], np.ndarray | None]:
+    ) -> tuple[list[dict[str, Any]], np.ndarray | None]:
         """Return a row of metrics per held-out sample of this rank, and a picture, (H, W, 3) uint8, or None.
+
+        A metric is a number, whose mean over the samples counts, or a `Tally`.
 
         Over all ranks every held-out sample has exactly one row. "loss" is what the best checkpoint is chosen by.
         """

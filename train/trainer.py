@@ -1,7 +1,7 @@
 """The training loop: one loop over a `Task`, under Accelerate.
 
     positions -> batches -> task.generator_step -> backward -+
-                         -> task.critic_step    -> backward -+-> finite check, clip, step -> EMA -> task.after_step
+                         -> task.critic_step    -> backward -+-> finite check, clip, step -> task.after_step -> EMA
               -> log / validation / checkpoint -> at the end: export of the averaged weights
 
 Everything that decides (whether gradients are finite, phases, signals, time) is equal on all ranks. Where a run stands
@@ -140,9 +140,9 @@ class Trainer:
             side.update(sound)
         if sound:
             self._nonfinite = self._rollbacks = 0
-            self.ema.update_parameters(self.task.module)
             for line in self.task.after_step(out, self._where(0), self.ranks.mean):
                 self._say(line)
+            self.ema.update_parameters(self.task.module)
         else:
             self.task.discard_step()
             if any(side.scale_is_exhausted for side in sides.values()) or not math.isfinite(out["loss"]):

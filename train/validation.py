@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from codec import console, model_folder
+from codec.adapters import CodebookModel
 from codec.latent_model import latent_model
 from codec.pixels import to_float, to_uint8
 from codec.shards import SampleRef
@@ -16,6 +18,7 @@ from train.export import STATISTICS_SIDE
 from train.losses import ReconstructionLoss, kl_nats
 from train.module import AutoencoderModule
 from train.rate import RateModel
+from train.vq.usage import CodeCounts
 
 QUALITIES = (0, 25, 50, 75, 100)  # at which the estimated rate is measured
 _GRID = 6  # pictures in the grid
@@ -23,7 +26,7 @@ _GRID = 6  # pictures in the grid
 
 def measure(
     parts: AutoencoderModule, samples: Sequence[SampleRef], loss: ReconstructionLoss, side: int, device: torch.device
-) -> tuple[list[dict[str, float]], np.ndarray | None]:
+) -> tuple[list[dict[str, Any]], np.ndarray | None]:
     """Reconstruct images and measure each of them.
 
     Args:
@@ -36,11 +39,11 @@ def measure(
     Returns:
         Rows of loss (the weighted reconstruction terms), psnr (dB, 8 bit) and what else `Channels.measured` gives,
         ms_ssim (sides > 160 only), perceptual (unweighted), kl_bits_per_pixel, and with a rate model bpp_q0 ...
-        bpp_q100: the estimated rate of the rounded latents. And a picture, originals above their reconstructions, or
-        None.
+        bpp_q100: the estimated rate of the rounded latents; with a codebook codes, how often each vector was chosen.
+        And a picture, originals above their reconstructions, or None.
     """
     model, channels = latent_model(parts.network), loss.channels
-    rows: list[dict[str, float]] = []
+    rows: list[dict[str, Any]] = []
     columns: list[np.ndarray] = []
     bad: list[tuple[str, str]] = []
     with torch.inference_mode():
@@ -49,11 +52,13 @@ def measure(
             posterior = model.encode(x)
             decoded = model.decode(posterior.mean).float()
             x_hat = to_uint8(decoded[0])
-            row = {**channels.measured(image, x_hat), **_losses(loss, x, decoded)}
+            row: dict[str, Any] = {**channels.measured(image, x_hat), **_losses(loss, x, decoded)}
             image, x_hat = channels.picture(image), channels.picture(x_hat)
             if posterior.logvar is not None:
                 nats = kl_nats(posterior.mean, posterior.logvar).sum() / model.f**2
                 row["kl_bits_per_pixel"] = float(nats) / float(np.log(2))
+            if isinstance(model, CodebookModel) and parts.is_quantised:
+                row["codes"] = CodeCounts.of(model.quantise(posterior.mean), model.codebook_size)
             if parts.rate is not None:
                 row |= {f"bpp_q{q}": estimated_bpp(parts.rate, posterior.mean, model.f, q) for q in QUALITIES}
             similarity = ms_ssim(image, x_hat)

@@ -135,10 +135,13 @@ def test_init_from_takes_the_folders_network_whatever_the_recipe_says(base: Mode
     assert network.training
 
 
-def test_a_vq_model_is_neither_a_start_nor_a_teacher(tmp_path: Path) -> None:
-    VQModel(block_out_channels=(8,), norm_num_groups=4, num_vq_embeddings=4).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"model\.init_from: a VQModel; only"):
-        build_network(ModelConfig(init_from=str(tmp_path)))
+def test_a_vq_model_is_a_start_and_no_teacher(tmp_path: Path) -> None:
+    saved = VQModel(block_out_channels=(8,), norm_num_groups=4, num_vq_embeddings=4)
+    saved.save_pretrained(tmp_path)
+    network = build_network(ModelConfig(init_from=str(tmp_path)))
+    assert isinstance(network, VQModel)
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in saved.state_dict().items())
+    assert {p.requires_grad for p in network.quantize.parameters()} == {False}  # the decoder alone
     with pytest.raises(UsageError, match=r"model\.teacher: a VQModel; only"):
         load_teacher(tmp_path)
 

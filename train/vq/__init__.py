@@ -1,0 +1,1 @@
+"""The regulariser of VQModel: codebooks and lattices, their losses, statistics, usage and export."""

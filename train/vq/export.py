@@ -1,0 +1,167 @@
+"""From a trained VQModel to a model folder: its codebook as it stands, how much of it is used, what indices cost.
+
+    network + training images -> moments of latents, indices -> tables for them; held-out images -> usage, bits, PSNR
+      -> config.json, weights (diffusers) + codec.json, codec.safetensors + README.md [+ discriminator/], other formats
+
+diffusers' own quantisation of the same latents gives the same indices for every kind but fsq, whose `fsq_levels` in
+config.json say what it cannot. Entry: `export_codebook_model`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from codec import console, facts, model_folder
+from codec.adapters import CodebookModel
+from codec.adopt import MeasuredIndices, measure_indices
+from codec.errors import UsageError
+from codec.files import write_atomic
+from codec.latent_model import latent_model
+from codec.pixels import to_float, to_uint8
+from codec.runtime import Codec
+from codec.shards import SampleRef
+from train.channels import Channels
+from train.config import Config
+from train.data import whole_images
+from train.export import (
+    DISCRIMINATOR,
+    MAX_CHECKED_IMAGES,
+    STATISTICS_SIDE,
+    coding_base,
+    model_info,
+    other_formats,
+    write_discriminator,
+    write_fixture,
+    write_network,
+)
+from train.half_precision import MAX_IMAGES, MAX_SIDE, measure_half
+from train.networks import keeps_latents
+from train.vq.card import codebook_card
+from train.vq.usage import CodeCounts
+
+
+def export_codebook_model(
+    network: nn.Module,
+    out: Path,
+    config: Config,
+    training: Sequence[SampleRef],
+    validation: Sequence[SampleRef],
+    *,
+    record: Mapping[str, Any],
+    discriminator: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Write the model folder; the counterpart of `train.export.export_model`, whose arguments these are.
+
+    Returns:
+        Figures: usage and perplexity on held-out images, bits per pixel of indices, PSNR, what float16 does, the files.
+
+    Raises:
+        UsageError: no training image can be read.
+        ModelError: the folder, loaded again, gives something else than the network.
+    """
+    model, image = _model(network), Channels.of(config.model.image_channels, config.data.samples)
+    order = np.random.default_rng(0).permutation(len(training))[: config.export.statistics_images]
+    samples = [training[i] for i in order]
+    bad: list[tuple[str, str]] = []
+    images = (pixels for _, pixels in whole_images(samples, STATISTICS_SIDE, model.f, bad, image.count))
+    measured = measure_indices(model, images, len(samples))
+    if measured is None:
+        raise UsageError(f"none of {len(samples)} training images can be read; the first: {bad[0][1]}")
+    if not keeps_latents(config.model, config.latents):
+        _set_scaling(network, 1.0 / max(measured.summary.global_std, 1e-8), max(config.data.sides))
+    real = whole_images(samples[:MAX_IMAGES], MAX_SIDE, model.f, [], image.count)
+    half = measure_half(network, [each for _, each in real])
+    (out / facts.FACTS_JSON).unlink(missing_ok=True)  # of an earlier export
+    write_network(network, out, half)
+    if discriminator is not None:
+        write_discriminator(discriminator, out / DISCRIMINATOR)
+    model = _model(network)  # with the new normalisation
+    info = model_info(model, config, record, (len(training), len(validation)))
+    info |= {"codebook_size": model.codebook_size, "quantiser": _quantiser(model, config)}
+    info |= {"statistics": measured.summary.to_json(), "codebook": measured.usage()}
+    _store(out, config, model, measured, info, coded=image.plain)
+    figures = _figures(model, out, validation, image, bad) | {"n_bad_samples": len(bad)}
+    figures["static_bpp"] = _static_bpp(measured, figures.pop("counts"), model.f)
+    facts.update(out, held_out=figures)
+    for key, reason in bad:
+        console.error(f"sample {key}: {reason} (left out of the model's statistics)")
+    write_atomic(out / "README.md", codebook_card(info, config, network, figures).encode())
+    write_fixture(model, image, out, config)
+    return figures | other_formats(network, out, config, half)
+
+
+def _store(
+    out: Path,
+    config: Config,
+    model: CodebookModel,
+    measured: MeasuredIndices,
+    info: Mapping[str, Any],
+    *,
+    coded: bool,
+) -> None:
+    """Write codec.json and tables for the indices: fitted, or those of the base whose decoder alone was trained.
+
+    What the codec does not code, images of other than three channels (`coded` False), has facts.json alone.
+    """
+    if not coded:
+        facts.update(out, **info)
+        return
+    base = coding_base(config)
+    index_tables = list(base.index_tables.values()) if base is not None else []
+    model_folder.write_vq(out, info=info, index_tables=index_tables or [measured.fit(model)])
+
+
+def _model(network: nn.Module) -> CodebookModel:
+    model = latent_model(network)
+    assert isinstance(model, CodebookModel)
+    return model
+
+
+def _quantiser(model: CodebookModel, config: Config) -> str:
+    """Name the quantiser that the codebook was trained with; of a decoder that was trained alone only what shows."""
+    if model.fsq_levels:
+        return "fsq"
+    return "codebook" if config.model.decoder_only else config.vq.kind
+
+
+def _set_scaling(network: Any, factor: float, side: int) -> None:
+    network.register_to_config(scaling_factor=factor, sample_size=side)
+
+
+@torch.inference_mode()
+def _figures(
+    model: CodebookModel, out: Path, validation: Sequence[SampleRef], image: Channels, bad: list[tuple[str, str]]
+) -> dict[str, Any]:
+    """Return what held-out images, whole, say of the finished folder; `bad` takes (key, reason) of the unreadable.
+
+    Bits per pixel of indices are without a file's header, "bpp" is of whole files. "counts": of the indices.
+    """
+    codec = Codec.load(out, model.codebook.device, dtype="float32") if image.plain else None
+    counts = CodeCounts(np.zeros(model.codebook_size, np.int64))
+    found: list[float] = []
+    sizes: list[float] = []
+    for _, pixels in whole_images(validation, STATISTICS_SIDE, model.f, bad, image.count):
+        indices = model.quantise(model.encode(to_float(pixels)[None].to(model.codebook.device)).mean)
+        counts += CodeCounts.of(indices, model.codebook_size)
+        found.append(image.measured(pixels, to_uint8(model.decode_indices(indices).float()[0]))["psnr"])
+        if codec is not None and len(sizes) < MAX_CHECKED_IMAGES:
+            sizes.append(8 * len(codec.encode(pixels)) / (pixels.shape[0] * pixels.shape[1]))
+    bits = math.ceil(math.log2(model.codebook_size)) / model.f**2
+    figures: dict[str, Any] = {"n_held_out": len(found), "fixed_length_bpp": bits, "counts": counts}
+    if codec is not None:
+        figures |= {"stream_id": codec.stream_id, "decoder_id": codec.decoder_id}
+    if found:
+        figures |= counts.figures() | {"psnr": float(np.mean(found))}
+    if sizes:
+        figures |= {"bpp": float(np.mean(sizes)), "n_checked": len(sizes)}
+    return figures
+
+
+def _static_bpp(measured: MeasuredIndices, held_out: CodeCounts, f: int) -> float | None:
+    """Return the bits per pixel of held-out indices under the frequencies of the training's; None without any."""
+    return held_out.bits_under(CodeCounts(measured.counts)) / f**2 if held_out.n_tokens else None
