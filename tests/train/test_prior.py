@@ -81,6 +81,20 @@ def test_a_new_network_gives_the_training_frequencies() -> None:
     torch.testing.assert_close(logits.softmax(-1), frequencies.expand(2, 4, 4))
 
 
+def test_the_seed_alone_decides_the_weights_at_the_start() -> None:
+    def made(seed: int) -> dict[str, torch.Tensor]:
+        network = PriorNetwork(TINY, Grid(codebook_size=4, channels=2, height=2, width=2, n_classes=1))
+        network.initialise(torch.eye(4, 2), torch.full((4,), 0.25), seed)
+        return network.state_dict()
+
+    torch.manual_seed(0)
+    first = made(1)
+    torch.manual_seed(1)
+    again, other = made(1), made(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["rows"], other["rows"])
+
+
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 

@@ -125,6 +125,8 @@ class PriorNetwork(nn.Module):
         self.codebook.copy_(centred / centred.square().mean().sqrt().clamp_min(1e-12))
         for name, parameter in sorted(self.named_parameters()):
             if parameter.ndim == 1:
+                if name.endswith(".bias"):  # torch draws a layer's from the global generator
+                    parameter.data.zero_()
                 continue
             std = {"rows": 0.3, "columns": 0.3, "classes": 0.3, "residual": 0.0, "head.weight": 0.0}.get(name)
             if std is None:
