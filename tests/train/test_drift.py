@@ -226,6 +226,7 @@ def test_a_base_that_has_gone_away_costs_no_export(
     assert "drift: not measured" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_students_drift_is_measured_against_its_teacher(shards: Path, tmp_path: Path, run_folder: Path) -> None:
     out = tmp_path / "student"
     tiny = [

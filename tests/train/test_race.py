@@ -141,6 +141,7 @@ def test_other_settings_or_another_model_in_the_same_folder_are_refused(
     assert (raced / "race.json").read_bytes() == before
 
 
+@pytest.mark.slow  # each part of a race is resumed by the loop, which is tested with it
 def test_an_interrupted_race_goes_on_and_ends_where_an_uninterrupted_one_does(
     clothes: Path, vaes: list[Path], raced: Path, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

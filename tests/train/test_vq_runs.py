@@ -39,6 +39,9 @@ KINDS = {
 }
 
 
+QUICK = ("ema", "simvq", "fsq")  # of which a run is always tested; the others are slow
+
+
 def arguments(shards: Path, out: Path, *more: str) -> list[str]:
     return ["run", "tiny", f"data.shards={shards}", f"run.out={out}", *VQ, *more]
 
@@ -48,13 +51,25 @@ def log(run: Path, event: str) -> list[dict]:
     return [line for line in lines if line["event"] == event]
 
 
+EACH_KIND = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS]
+
+
+class Runs:
+    """A run of each kind, ended and exported, trained when it is first asked for; do not change them."""
+
+    def __init__(self, shards: Path, folder: Path) -> None:
+        self.shards, self.folder = shards, folder
+
+    def __getitem__(self, kind: str) -> Path:
+        out = self.folder / kind
+        if not out.exists():
+            assert main(arguments(self.shards, out, *KINDS[kind], "run.validate_every=16")) == 0
+        return out
+
+
 @pytest.fixture(scope="module")
-def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each kind, ended and exported; do not change them."""
-    folder = tmp_path_factory.mktemp("vq")
-    for kind, settings in KINDS.items():
-        assert main(arguments(shards, folder / kind, *settings, "run.validate_every=16")) == 0
-    return {kind: folder / kind for kind in KINDS}
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(shards, tmp_path_factory.mktemp("vq"))
 
 
 def held_out(shards: Path) -> torch.Tensor:
@@ -62,8 +77,8 @@ def held_out(shards: Path) -> torch.Tensor:
     return to_float(image)[None]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_trains_logs_and_validates(kind: str, runs: dict[str, Path]) -> None:
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_each_kind_trains_logs_and_validates(kind: str, runs: Runs) -> None:
     steps, (first, *_, validation) = log(runs[kind], "step"), log(runs[kind], "validation")
     assert validation["raw_loss"] < first["raw_loss"]
     size = 30 if kind == "fsq" else 32
@@ -76,8 +91,8 @@ def test_each_kind_trains_logs_and_validates(kind: str, runs: dict[str, Path]) -
     assert ("grad_entropy" in steps[-1]) == (kind == "lfq")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_exported_folder_gives_the_same_indices_and_images(kind: str, runs: dict[str, Path], shards: Path) -> None:
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_the_exported_folder_gives_the_same_indices_and_images(kind: str, runs: Runs, shards: Path) -> None:
     """Against what the trainer's own averaged module gives, and against diffusers' quantisation."""
     run, x = runs[kind], held_out(shards)
     _, state = Checkpoints(run / "checkpoints", 1).newest()
@@ -117,7 +132,7 @@ def test_the_exported_folder_gives_the_same_indices_and_images(kind: str, runs: 
         assert network.quantize.embedding.weight.abs().eq(1).all()
 
 
-def test_the_card_and_facts_hold_what_is_measured(runs: dict[str, Path], shards: Path) -> None:
+def test_the_card_and_facts_hold_what_is_measured(runs: Runs, shards: Path) -> None:
     folder = runs["ema"] / "model"
     known, card = facts.read(folder), (folder / "README.md").read_text()
     assert (known["family"], known["codebook_size"], known["latent_channels"]) == ("vq", 32, 4)
@@ -175,7 +190,9 @@ def _assert_equal(a: Any, b: Any, name: str) -> None:
         assert a == b, name
 
 
-@pytest.mark.parametrize("kind", ["ema", "cosine by gradient", "simvq", "lfq"])
+@pytest.mark.parametrize(
+    "kind", [each for each in EACH_KIND if each.values[0] in ("ema", "cosine by gradient", "simvq", "lfq")]
+)
 def test_a_run_resumed_before_or_after_the_codebook_began_ends_where_it_would_have(
     kind: str, shards: Path, tmp_path: Path
 ) -> None:
@@ -199,7 +216,7 @@ def test_a_run_resumed_before_or_after_the_codebook_began_ends_where_it_would_ha
 
 
 def test_another_codebook_cannot_be_resumed(
-    shards: Path, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: Path, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = runs["ema"] / "checkpoints" / "images-000000064.pt"
     assert main(arguments(shards, tmp_path / "r", "vq.kind=gradient", f"run.resume={source}")) == 2
@@ -255,9 +272,7 @@ def test_a_discarded_step_and_evaluation_leave_the_codebook_untouched(
 
 
 @pytest.mark.parametrize("kind", ["ema", "fsq"])
-def test_a_decoder_alone_is_trained_for_indices_that_stay(
-    kind: str, runs: dict[str, Path], shards: Path, tmp_path: Path
-) -> None:
+def test_a_decoder_alone_is_trained_for_indices_that_stay(kind: str, runs: Runs, shards: Path, tmp_path: Path) -> None:
     base, out = runs[kind] / "model", tmp_path / "r"
     # The family, K and levels are the folder's.
     assert main(["run", "tiny", f"data.shards={shards}", f"run.out={out}", f"model.init_from={base}"]) == 0
@@ -276,7 +291,7 @@ def test_a_decoder_alone_is_trained_for_indices_that_stay(
     assert "the decoder alone" in (out / "model" / "README.md").read_text()
 
 
-def test_all_of_a_folder_goes_on_with_its_codebook(runs: dict[str, Path], shards: Path, tmp_path: Path) -> None:
+def test_all_of_a_folder_goes_on_with_its_codebook(runs: Runs, shards: Path, tmp_path: Path) -> None:
     base = runs["ema"] / "model"
     overrides = [f"model.init_from={base}", "model.trainable=all", "vq.decay=0.9"]
     trainer = tiny_trainer(shards, tmp_path / "r", *overrides)
@@ -292,7 +307,7 @@ def test_all_of_a_folder_goes_on_with_its_codebook(runs: dict[str, Path], shards
 
 
 def test_what_a_vqmodel_cannot_have_is_refused(
-    runs: dict[str, Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Runs, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for override, words in (
         ("kl.weight=0.1", "kl.weight = 0.1, allowed: 0 with model.family vq"),
