@@ -45,7 +45,8 @@ SETTINGS = {
     "each class as there are samples, chosen by hash",
     "diversity": "mean Euclidean distance of the features of two images of a class, mean over classes with two or more",
     "nearest": "smallest Euclidean distance of the features to a training photograph through the codec; pixels: root "
-    f"mean square difference of {_SMALL} x {_SMALL} pixels, of a photograph or its mirror, in 8-bit levels",
+    f"mean square difference of {_SMALL} x {_SMALL} pixels, of a photograph or its mirror, in 8-bit levels; "
+    "ratio_by_class: mean over classes of the ratio of medians, whatever the numbers of the classes",
     "intervals": f"{class_means.SETTINGS}; of sets: {jackknife.SETTINGS}",
 }
 
@@ -250,6 +251,7 @@ def _nearest(drawn: _Looked, known: _Looked, test: _Looked) -> tuple[dict[str, A
             "samples": class_means.median(mine.tolist()),
             "held_out": class_means.median(others.tolist()),
             "ratio": class_means.median_ratio(mine.tolist(), others.tolist()),
+            "ratio_by_class": _ratio_by_class(drawn.photos, mine, test.photos, others),
             "share_nearer_than_any_held_out": float((mine < others.min()).mean()),
         }
     rows = [
@@ -263,6 +265,18 @@ def _nearest(drawn: _Looked, known: _Looked, test: _Looked) -> tuple[dict[str, A
         for photo, where, distance, pixels in zip(drawn.photos, at, found, in_pixels, strict=True)
     ]
     return told, rows
+
+
+def _ratio_by_class(
+    photos: Sequence[Photo], mine: np.ndarray, held_out: Sequence[Photo], others: np.ndarray
+) -> float | None:
+    """Return the mean over classes of the ratio of medians; None where no median of held-out ones is above 0."""
+    ratios = []
+    for label in sorted({photo.label for photo in photos}):
+        own = np.median([value for photo, value in zip(photos, mine, strict=True) if photo.label == label])
+        below = np.median([value for photo, value in zip(held_out, others, strict=True) if photo.label == label])
+        ratios += [own / below] if below > 0 else []
+    return float(np.mean(ratios)) if ratios else None
 
 
 def _closest(points: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

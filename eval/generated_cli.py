@@ -23,6 +23,7 @@ GENERATED_JSON, NEAREST_PNG = "generated.json", "nearest.png"
 NETWORK = "squeezenet1_0"
 _PAIRS = 10  # in a line of the picture
 _MOST = 20  # samples of a class in it
+_SUSPICIOUS = 0.05  # of the samples, nearer to a training image than any held-out photograph is
 
 
 def generated_command(
@@ -201,6 +202,24 @@ def _told(score: Mapping[str, Any]) -> str:
     return f"{score['value']:.3f} ({low:.3f} .. {high:.3f})"
 
 
+def _copies(nearest: Mapping[str, Any]) -> str:
+    interval, share = nearest["ratio"]["interval"], nearest["share_nearer_than_any_held_out"]
+    if share > _SUSPICIOUS:
+        return (
+            f"Copies are likely: {share:.0%} of the samples lie nearer to a training image than any held-out photo "
+            "does: look at nearest.png."
+        )
+    if interval is not None and interval[1] < 1:
+        by_class = nearest["ratio_by_class"]
+        return (
+            f"Samples lie nearer to training images than held-out photographs do (ratio of medians "
+            f"{nearest['ratio']['value']:.2f}, mean over classes {by_class:.2f}): copies, or images that are more "
+            f"ordinary than photographs, as guidance makes them; {share:.0%} lie nearer than any held-out photograph. "
+            "Look at nearest.png."
+        )
+    return "Samples do not lie nearer to training images than held-out photographs do, beyond chance."
+
+
 def conclusions(result: Mapping[str, Any]) -> list[str]:
     """Return plain sentences on what the numbers say and what they do not."""
     found = []
@@ -210,15 +229,7 @@ def conclusions(result: Mapping[str, Any]) -> list[str]:
             f"The probe takes {result['agreement']['value']:.0%} of the samples for what was asked for, {ratio:.2f} of "
             f"what it reaches on held-out photographs ({a:.0%}; chance {result['chance']:.0%})."
         )
-    nearest = result["nearest"]["features"]
-    low = nearest["ratio"]["interval"]
-    if low is not None and low[1] < 1:
-        found.append(
-            "Copies are likely: samples lie nearer to training images than held-out photographs do "
-            f"(ratio of medians {nearest['ratio']['value']:.2f}). Look at nearest.png."
-        )
-    else:
-        found.append("Samples do not lie nearer to training images than held-out photographs do, beyond chance.")
+    found.append(_copies(result["nearest"]["features"]))
     ratio = result["diversity"]["ratio"]
     if ratio is not None:
         found.append(f"Within a class samples are {ratio:.2f} times as far apart as photographs.")

@@ -67,7 +67,8 @@ def test_samples_of_their_class_agree_as_photographs_do(network: FeatureNetwork)
     assert found["chance"] == pytest.approx(1 / 3)
     assert found["diversity"]["ratio"] == pytest.approx(1, abs=0.15)
     assert found["nearest"]["features"]["ratio"]["value"] == pytest.approx(1, abs=0.25)
-    assert not any(line.startswith("Copies") for line in conclusions({**found, "model": None}))
+    assert found["nearest"]["features"]["ratio_by_class"] == pytest.approx(1, abs=0.25)
+    assert "Samples do not lie nearer" in " ".join(conclusions(found))
     assert found["sets"]["samples"]["recall"]["value"] > 0.5
     assert [row["asked"] for row in found["images"]] == ["blue"] * 8 + ["green"] * 8 + ["red"] * 8
 
@@ -100,7 +101,9 @@ def test_copies_of_training_images_are_found_also_mirrored_and_blurred(network: 
         assert copies["nearest"][key]["samples"]["value"] == 0
         assert copies["nearest"][key]["held_out"]["value"] > 0
         assert copies["nearest"][key]["share_nearer_than_any_held_out"] == 1
-    assert any(line.startswith("Copies are likely") for line in conclusions({**copies, "model": None}))
+    assert any(line.startswith("Copies are likely: 100%") for line in conclusions(copies))
+    for key in ("features", "pixels"):
+        assert copies["nearest"][key]["ratio_by_class"] == 0
     assert all(row["nearest"] == row["name"].removeprefix("c/") for row in copies["images"])
     mirrored = [Photo(p.key, p.label, np.ascontiguousarray(p.pixels[:, ::-1])) for p in photos(8, 0)]
     assert judged(mirrored, network)["nearest"]["pixels"]["samples"]["value"] == 0
@@ -110,6 +113,18 @@ def test_copies_of_training_images_are_found_also_mirrored_and_blurred(network: 
 
     decoded = [Photo(p.key, p.label, soften(p.key, p.pixels)) for p in photos(8, 0)]
     assert judged(decoded, network, soften)["nearest"]["features"]["samples"]["value"] == 0
+
+
+def test_samples_that_are_more_ordinary_are_not_called_copies(network: FeatureNetwork) -> None:
+    # Halfway to the mean of their class, as guidance makes them: nearer to all photographs, and copies of none.
+    middle = {label: np.mean([picture(label, n) for n in range(12)], axis=0) for label in CLASSES}
+    mixed = [
+        Photo(p.key, p.label, (0.3 * p.pixels + 0.7 * middle[p.label]).round().astype(np.uint8)) for p in photos(8, 200)
+    ]
+    found = judged(mixed, network)
+    assert found["nearest"]["features"]["ratio"]["value"] < 0.9
+    found["nearest"]["features"]["share_nearer_than_any_held_out"] = 0.0  # the sentence of a larger set of photographs
+    assert "more ordinary than photographs" in " ".join(conclusions(found))
 
 
 def test_one_image_many_times_is_not_diverse(network: FeatureNetwork) -> None:
