@@ -132,6 +132,7 @@ def judge(
         row["share_of_asked"] = float(shares[n, asked[n]])
     found = {
         "n_samples": len(images.samples),
+        "n_held_out": len(images.held_out),
         "chance": 1 / len(classes),
         "probe_penalty": probe.penalty,
         "A": class_means.class_mean(reached),
@@ -252,7 +253,7 @@ def _nearest(drawn: _Looked, known: _Looked, test: _Looked) -> tuple[dict[str, A
             "held_out": class_means.median(others.tolist()),
             "ratio": class_means.median_ratio(mine.tolist(), others.tolist()),
             "ratio_by_class": _ratio_by_class(drawn.photos, mine, test.photos, others),
-            "share_nearer_than_any_held_out": float((mine < others.min()).mean()),
+            "share_nearer_than_any_held_out": float((mine < _least(others)).mean()),
         }
     rows = [
         {
@@ -265,6 +266,12 @@ def _nearest(drawn: _Looked, known: _Looked, test: _Looked) -> tuple[dict[str, A
         for photo, where, distance, pixels in zip(drawn.photos, at, found, in_pixels, strict=True)
     ]
     return told, rows
+
+
+def _least(distances: np.ndarray) -> float:
+    """Return the smallest distance of held-out photographs that are not in the training themselves; 0 without any."""
+    apart = distances[distances > 0]
+    return float(apart.min()) if apart.size else 0.0
 
 
 def _ratio_by_class(

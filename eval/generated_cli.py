@@ -24,6 +24,9 @@ NETWORK = "squeezenet1_0"
 _PAIRS = 10  # in a line of the picture
 _MOST = 20  # samples of a class in it
 _SUSPICIOUS = 0.05  # of the samples, nearer to a training image than any held-out photograph is
+_CHANCE = (
+    4.0  # times what is expected of that share where samples are like held-out photographs: 1 / (their number + 1)
+)
 
 
 def generated_command(
@@ -202,18 +205,19 @@ def _told(score: Mapping[str, Any]) -> str:
     return f"{score['value']:.3f} ({low:.3f} .. {high:.3f})"
 
 
-def _copies(nearest: Mapping[str, Any]) -> str:
+def _copies(nearest: Mapping[str, Any], n_held_out: int) -> str:
     interval, share = nearest["ratio"]["interval"], nearest["share_nearer_than_any_held_out"]
-    if share > _SUSPICIOUS:
+    if share > max(_SUSPICIOUS, _CHANCE / (n_held_out + 1)):
         return (
             f"Copies are likely: {share:.0%} of the samples lie nearer to a training image than any held-out photo "
             "does: look at nearest.png."
         )
     if interval is not None and interval[1] < 1:
         by_class = nearest["ratio_by_class"]
+        classes = "" if by_class is None else f", mean over classes {by_class:.2f}"
         return (
             f"Samples lie nearer to training images than held-out photographs do (ratio of medians "
-            f"{nearest['ratio']['value']:.2f}, mean over classes {by_class:.2f}): copies, or images that are more "
+            f"{nearest['ratio']['value']:.2f}{classes}): copies, or images that are more "
             f"ordinary than photographs, as guidance makes them; {share:.0%} lie nearer than any held-out photograph. "
             "Look at nearest.png."
         )
@@ -229,7 +233,7 @@ def conclusions(result: Mapping[str, Any]) -> list[str]:
             f"The probe takes {result['agreement']['value']:.0%} of the samples for what was asked for, {ratio:.2f} of "
             f"what it reaches on held-out photographs ({a:.0%}; chance {result['chance']:.0%})."
         )
-    found.append(_copies(result["nearest"]["features"]))
+    found.append(_copies(result["nearest"]["features"], result["n_held_out"]))
     ratio = result["diversity"]["ratio"]
     if ratio is not None:
         found.append(f"Within a class samples are {ratio:.2f} times as far apart as photographs.")

@@ -67,6 +67,9 @@ class Checkpoints:
         for path in self.all():
             if int(path.stem.removeprefix("images-")) > after:
                 aside.append(path.rename(path.with_name(f"aside-{path.name}")))
+        best = self.folder / BEST
+        if aside and best.is_file() and load(best)["progress"]["images"] > after:
+            aside.append(best.rename(best.with_name(f"aside-{BEST}")))
         return aside
 
     def all(self) -> list[Path]:

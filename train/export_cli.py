@@ -79,8 +79,11 @@ def export_command(
     if _is_prior_run(source):
         if single_file or fp16 or onnx or preview or licence or force:
             raise UsageError(f"{source}: a run of a prior, which has one format; only -o applies")
+        from train.export_folder import check_empty
         from train.prior.run import export as export_prior
 
+        if out is not None:
+            check_empty(out)
         print(json.dumps(export_prior(source, out), indent=2))
         return Exit.OK
 

@@ -115,6 +115,14 @@ def test_copies_of_training_images_are_found_also_mirrored_and_blurred(network: 
     assert judged(decoded, network, soften)["nearest"]["features"]["samples"]["value"] == 0
 
 
+def test_a_held_out_photograph_that_is_in_the_training_hides_no_copies(network: FeatureNetwork) -> None:
+    copies = [Photo("c/" + p.key, p.label, p.pixels) for p in photos(8, 0)]
+    doubled = [*photos(8, 100), photos(1, 0)[0]]
+    found = judge(Images.of(copies, photos(12, 0), doubled), network, None)[0]
+    assert found["nearest"]["features"]["share_nearer_than_any_held_out"] == 1
+    assert "Copies are likely" in " ".join(conclusions(found))
+
+
 def test_samples_that_are_more_ordinary_are_not_called_copies(network: FeatureNetwork) -> None:
     # Halfway to the mean of their class, as guidance makes them: nearer to all photographs, and copies of none.
     middle = {label: np.mean([picture(label, n) for n in range(12)], axis=0) for label in CLASSES}
@@ -123,8 +131,9 @@ def test_samples_that_are_more_ordinary_are_not_called_copies(network: FeatureNe
     ]
     found = judged(mixed, network)
     assert found["nearest"]["features"]["ratio"]["value"] < 0.9
-    found["nearest"]["features"]["share_nearer_than_any_held_out"] = 0.0  # the sentence of a larger set of photographs
+    found["nearest"]["features"]["share_nearer_than_any_held_out"] = 0.1  # 2 of 24, by chance 1 / 25 are expected
     assert "more ordinary than photographs" in " ".join(conclusions(found))
+    assert "Copies are likely" in " ".join(conclusions(found | {"n_held_out": 200}))
 
 
 def test_one_image_many_times_is_not_diverse(network: FeatureNetwork) -> None:

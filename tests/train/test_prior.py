@@ -392,6 +392,30 @@ def test_a_run_is_exported_anew(run_folder: Path, tmp_path: Path, capsys: pytest
     capsys.readouterr()
     assert main(["export", str(run_folder), "--onnx"]) == 2
     assert "a run of a prior" in capsys.readouterr().err
+    assert main(["export", str(run_folder), "-o", str(out)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_a_run_is_not_exported_or_resumed_with_other_tokens(
+    vq: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, tokens, out = tmp_path / "photos", tmp_path / "c", tmp_path / "r"
+    for n in range(10):
+        path = photos / ("hat", "coat")[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(images.save_png(photo(40, 44, seed=n)))
+    assert main(["shards", str(photos), "-o", str(tmp_path / "a"), "--jobs", "1"]) == 0
+    assert main(tokens_of(tmp_path / "a", vq, tokens)) == 0
+    assert main(overrides(tokens, out, "run.n_images=16")) == 0
+    (photos / "hat" / "0.png").write_bytes(images.save_png(photo(40, 44, seed=77)))
+    assert main(["shards", str(photos), "-o", str(tmp_path / "b"), "--jobs", "1"]) == 0
+    assert main(tokens_of(tmp_path / "b", vq, tokens)) == 0
+    capsys.readouterr()
+    assert main(["export", str(out), "-o", str(tmp_path / "p")]) == 2
+    assert "the caches have another" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+    assert main(overrides(tokens, out, "run.resume=auto")) == 2
+    assert "the run cannot go on" in capsys.readouterr().err
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(

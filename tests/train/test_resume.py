@@ -244,6 +244,8 @@ def test_a_branch_from_an_older_checkpoint_sets_the_newer_ones_aside(
     assert names == [
         "aside-images-000000024.pt", "aside-images-000000032.pt", "images-000000016.pt", "images-000000024.pt",
     ]  # fmt: skip
+    best = out / "checkpoints" / "best.pt"
+    assert not best.exists() or checkpoint.load(best)["progress"]["images"] <= 24  # never of the branch that was left
     assert "set aside" in capsys.readouterr().err
 
 

@@ -498,9 +498,11 @@ def test_low_usage_and_too_few_tokens_are_said() -> None:
     ("settings", "words"),
     [
         ({"codebook_size": 1}, "vq.codebook_size = 1, allowed: >= 2"),
+        ({"codebook_size": (1 << 20) + 1}, "allowed: <= 1048576, what the file format can hold"),
+        ({"kind": "fsq", "codebook_size": 8, "fsq_levels": (2, 4)}, ">= 3 each"),
         ({"kind": "fsq", "codebook_size": 60, "fsq_levels": (5, 4)}, "60, allowed: 20, the product of vq.fsq_levels"),
         ({"kind": "fsq"}, "a level for each channel"),
-        ({"kind": "fsq", "codebook_size": 5, "fsq_levels": (5, 1)}, ">= 2 each"),
+        ({"kind": "fsq", "codebook_size": 5, "fsq_levels": (5, 1)}, ">= 3 each"),
         ({"kind": "fsq", "codebook_size": 20, "fsq_levels": (5, 4), "codebook_dim": 8}, "0 or 2, the number of"),
         ({"fsq_levels": (5, 4)}, "empty with vq.kind ema"),
         ({"kind": "lfq", "codebook_size": 1000}, "a power of two"),

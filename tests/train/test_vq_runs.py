@@ -35,7 +35,7 @@ KINDS = {
     "cosine by gradient": ["vq.kind=gradient", "vq.cosine=true"],
     "simvq": ["vq.kind=simvq"],
     "lfq": ["vq.kind=lfq"],
-    "fsq": ["vq.kind=fsq", "vq.codebook_size=30", "vq.fsq_levels=[5,3,2]"],
+    "fsq": ["vq.kind=fsq", "vq.codebook_size=45", "vq.fsq_levels=[5,3,3]"],
 }
 
 
@@ -81,7 +81,7 @@ def held_out(shards: Path) -> torch.Tensor:
 def test_each_kind_trains_logs_and_validates(kind: str, runs: Runs) -> None:
     steps, (first, *_, validation) = log(runs[kind], "step"), log(runs[kind], "validation")
     assert validation["raw_loss"] < first["raw_loss"]
-    size = 30 if kind == "fsq" else 32
+    size = 45 if kind == "fsq" else 32
     assert 1 <= steps[-1]["codebook_perplexity"] <= steps[-1]["codebook_usage"] * size + 1e-3
     assert validation["tokens_per_code"] >= 16
     assert 0 < validation["perplexity"] <= validation["usage"] * size + 1e-3
@@ -118,8 +118,8 @@ def test_the_exported_folder_gives_the_same_indices_and_images(kind: str, runs: 
     card = (run / "model" / "README.md").read_text()
     if kind == "fsq":
         assert not torch.equal(theirs, indices.flatten())
-        assert torch.equal(network.quantize.embedding.weight, fsq.codebook((5, 3, 2)))
-        assert json.loads((run / "model" / "config.json").read_text())["fsq_levels"] == [5, 3, 2]
+        assert torch.equal(network.quantize.embedding.weight, fsq.codebook((5, 3, 3)))
+        assert json.loads((run / "model" / "config.json").read_text())["fsq_levels"] == [5, 3, 3]
         assert "Its own quantisation is wrong for this model" in card
         assert "| diffusers | decodes |" in card
     else:
@@ -289,6 +289,22 @@ def test_a_decoder_alone_is_trained_for_indices_that_stay(kind: str, runs: Runs,
     assert "vq" not in log(out, "step")[-1]
     assert log(out, "step")[-1]["codebook_usage"] > 0
     assert "the decoder alone" in (out / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("override", ["vq.cosine=true", "vq.kind=lfq"])
+def test_a_decoder_alone_learns_from_the_folders_vectors_whatever_the_recipe_says(
+    override: str, runs: Runs, shards: Path, tmp_path: Path
+) -> None:
+    base = runs["ema"] / "model"
+    trainer = tiny_trainer(shards, tmp_path / "r", f"model.init_from={base}", override)
+    model, module = load_latent_model(base), trainer.task.module
+    assert isinstance(model, CodebookModel)
+    with torch.inference_mode():
+        z = model.encode(held_out(shards)).mean
+        codes = module.quantiser(z, model.codebook)
+    assert torch.equal(codes.indices, model.quantise(z))
+    torch.testing.assert_close(codes.z_q, model.codebook[model.quantise(z)].movedim(-1, 1))
+    trainer.step(trainer.feed.batches(0.0, 0))
 
 
 def test_all_of_a_folder_goes_on_with_its_codebook(runs: Runs, shards: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ class NetworkConfig:
         require(self.depth >= 1, "prior.depth", self.depth, ">= 1")
         for name in ("dropout", "label_dropout", "token_noise", "label_smoothing"):
             require(0 <= getattr(self, name) < 1, f"prior.{name}", getattr(self, name), "0 <= share < 1")
+        require(self.dropout <= 0.99, "prior.dropout", self.dropout, "<= 0.99")
 
 
 @dataclass(frozen=True, kw_only=True)

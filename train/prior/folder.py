@@ -70,7 +70,7 @@ def write_folder(
         record: what the run knows about itself.
         card: for the model card.
     """
-    name = card.name or out.resolve().parent.name
+    name = card.name or str(record.get("run") or out.resolve().parent.name)
     its_id = prior_id(network)
     about = {
         "kind": KIND,
@@ -83,6 +83,7 @@ def write_folder(
         "codebook": data.codebook.to_json() | {"name": Path(data.codebook.name).name},
         "size": data.size,
         "n_training": len(data.training),
+        "mirrored": data.training.indices.shape[1] == 2,
         "n_held_out": len(data.held_out),
         "unigram_entropy_bits": data.unigram_entropy(),
         "record": dict(record),
@@ -161,9 +162,10 @@ def _card(about: Mapping[str, Any], card: CardConfig) -> str:
         "",
         "## Training",
         "",
-        f"- {about['n_training']} samples and their mirrors; licence of the data: {card.data_licence or 'not stated'}",
+        f"- {about['n_training']} samples{' and their mirrors' if about['mirrored'] else ''}; licence of the data: "
+        f"{card.data_licence or 'not stated'}",
         f"- {record.get('images_seen', 'n/a')} samples seen in {record.get('steps', 'n/a')} steps, "
-        f"{record.get('time_s', 0) / 60:.1f} minutes; these are the averaged weights that measured best",
+        f"{record.get('time_s', 0) / 60:.1f} minutes; these are the averaged weights of then",
         f"- {about['n_held_out']} held-out samples, bits an index: "
         + ", ".join(f"{name} {value:.3f}" for name, value in _named_bits(validation, about)),
         "",

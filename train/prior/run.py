@@ -63,17 +63,18 @@ def prepare(config: PriorConfig) -> PriorTrainer:
     )
     trainer = PriorTrainer(config, task, feed, accelerator)
     if state is not None:
-        _check_same(state, task)
+        _check_same(state, task, "the run cannot go on")
         trainer.resume(state)
         set_aside_branches(trainer)
     return trainer
 
 
-def _check_same(state: dict[str, Any], task: PriorTask) -> None:
+def _check_same(state: dict[str, Any], task: PriorTask, so: str) -> None:
+    """Raise UsageError where the caches are not those that a checkpoint was made with; `so`: what cannot be done."""
     before, now = state["task"], json.loads(json.dumps(task.state_dict()))
     for name, value in now.items():
-        if before[name] != value:
-            raise UsageError(f"cannot be resumed with another {name}: {before[name]} -> {value}")
+        if before.get(name) != value:
+            raise UsageError(f"the caches have another {name} than the run had: {before.get(name)} -> {value}; {so}")
 
 
 def export_checkpoint(task: Any, state: dict[str, Any], out: Path, decay: float) -> dict[str, Any]:
@@ -81,6 +82,7 @@ def export_checkpoint(task: Any, state: dict[str, Any], out: Path, decay: float)
     average = averaged(task.module, decay)
     average.load_state_dict(state["ema"])
     record = run_record(Progress(**state["progress"]), state["validation"], 0, task)
+    record["run"] = Path(state["config"]["run"]["out"]).name
     figures: dict[str, Any] = task.export(average.module, out, record, torch.device("cpu"))
     return figures
 
@@ -97,6 +99,7 @@ def export(folder: Path, out: Path | None = None) -> dict[str, Any]:
     if not isinstance(config, PriorConfig):
         raise UsageError(f"{checkpoint}: of a run with task {config.task}, expected prior")
     task = PriorTask(config.prior, load_data(config.data), card=config.export, seed=config.run.seed)
+    _check_same(state, task, "its checkpoint cannot be exported with them")
     out = out or checkpoint.parent.parent / "model"
     console.note(f"{checkpoint}: {state['progress']['images']} samples seen")
     return export_checkpoint(task, state, out, config.optim.ema_decay) | {"folder": str(out)}

@@ -35,7 +35,10 @@ def sample_command(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the images; empty, or not there.")],
     classes: Annotated[
         str | None,
-        typer.Option(help=f"Names separated by commas; {ANY}: of no class.", show_default="all classes of the prior"),
+        typer.Option(
+            help=f"Names separated by commas; {ANY}: of no class, unless one is called so.",
+            show_default="all classes of the prior",
+        ),
     ] = None,
     per_class: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 20,
     temperature: Annotated[float, typer.Option(help="Above 0; below 1 likelier indices, fewer kinds of images.")] = 1.0,
@@ -126,7 +129,7 @@ def _draw(prior: "Prior", names: list[str], count: int, how: Any, batch: int) ->
 
     from train.prior.sampling import draw, numbers_of
 
-    number = {name: n for n, name in enumerate(prior.classes)} | {ANY: prior.network.grid.n_classes}
+    number = {ANY: prior.network.grid.n_classes} | {name: n for n, name in enumerate(prior.classes)}
     labels = [number[name] for name in names for _ in range(count)]
     numbers = torch.cat([numbers_of(how.seed, name, count, prior.network.grid.n) for name in names])
     with progress() as bar:

@@ -149,9 +149,17 @@ class PriorTask:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """See `train.task.Task.state_dict`: everything is in the module; the codebook is named, for a resume."""
-        codebook = self._data.codebook
-        return {"codebook": codebook.codebook_id, "encoder": codebook.encoder_id, "classes": list(self._data.classes)}
+        """See `train.task.Task.state_dict`: everything is in the module; what it was learned from is
+        named, for a resume and an export."""
+        data = self._data
+        return {
+            "codebook": data.codebook.codebook_id,
+            "encoder": data.codebook.encoder_id,
+            "classes": list(data.classes),
+            "grid": list(data.shape),
+            "training samples": data.training.digest(),
+            "held-out samples": data.held_out.digest(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `train.task.Task.load_state_dict`."""

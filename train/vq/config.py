@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from codec.index_tables import MAX_CODES
 from train.checks import require
 from train.schedules import check_moment, parse_moment
 
@@ -57,7 +58,9 @@ class VQConfig:
     """Weight of the second entropy against the first."""
 
     def __post_init__(self) -> None:
-        require(self.codebook_size >= 2, "vq.codebook_size", self.codebook_size, ">= 2: one vector carries nothing")
+        size = self.codebook_size
+        require(size >= 2, "vq.codebook_size", size, ">= 2: one vector carries nothing")
+        require(size <= MAX_CODES, "vq.codebook_size", size, f"<= {MAX_CODES}, what the file format can hold")
         require(self.codebook_dim >= 0, "vq.codebook_dim", self.codebook_dim, ">= 0")
         for name in ("decay", "revive_below"):
             require(0 <= getattr(self, name) < 1, f"vq.{name}", getattr(self, name), "0 <= value < 1")
@@ -84,7 +87,8 @@ class VQConfig:
             require(not levels, "vq.fsq_levels", levels, f"empty with vq.kind {self.kind}")
             return
         require(len(levels) >= 1, "vq.fsq_levels", levels, "a level for each channel, e.g. [8, 8, 8, 5, 5]")
-        require(all(level >= 2 for level in levels), "vq.fsq_levels", levels, ">= 2 each")
+        few = ">= 3 each: the bound of two cells lies far out, where no latent comes (lfq has two for each channel)"
+        require(all(level >= 3 for level in levels), "vq.fsq_levels", levels, few)
         product = math.prod(levels)
         require(product == size, "vq.codebook_size", size, f"{product}, the product of vq.fsq_levels {list(levels)}")
         self._check_dim(len(levels), "the number of vq.fsq_levels")

@@ -5,6 +5,7 @@ batches of a step -> CodebookTerms.terms -> after_step (sums over ranks, revival
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ from train.vq.tokens import Reduce, StepTokens
 from train.vq.usage import ENOUGH_TOKENS
 
 _UNIT = 1e-4  # by which a vector's length may differ from 1
+_PLAIN: dict[str, Any] = {
+    "kind": "gradient",
+    "cosine": False,
+    "rotation_trick": False,
+    "codebook_dim": 0,
+    "fsq_levels": (),
+}
 
 
 def build_quantiser(config: VQConfig, model: CodebookModel, *, trained: bool, trains: bool) -> Quantiser:
@@ -39,13 +47,15 @@ def build_quantiser(config: VQConfig, model: CodebookModel, *, trained: bool, tr
     if size < 2:
         raise UsageError("model.init_from: a codebook of one vector: there is nothing to learn")
     kind = "fsq" if model.fsq_levels else config.kind
+    if not trains and kind != "fsq":  # whatever the vectors were trained as, the nearest one counts
+        return LearnedCodebook(replace(config, **_PLAIN), size, dim, trains=False, trained=trained)
     if trained and trains:
         _check_vectors(config, model)
     weight.requires_grad_(kind == "gradient" and trains)
     how = {"trains": trains, "trained": trained}
     if kind == "fsq":
         return FSQ(config, model.fsq_levels, size, trains=trains)
-    if kind == "lfq" and trains:
+    if kind == "lfq":
         return LFQ(config, size, trains=trains)
     if kind == "simvq":
         return SimVQCodebook(config, size, dim, weight, **how)
