@@ -4,6 +4,7 @@ The launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
 nothing is imported and nothing is sent.
 """
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +65,15 @@ class Launch:
 
         if not distributed.is_initialized():
             distributed.init_process_group("gloo", timeout=_WAIT)
+            atexit.register(_leave)
         values: list[Any] = [None] * self.count
         distributed.all_gather_object(values, value)
         return values
+
+
+def _leave() -> None:
+    """Close the connections: threads that still run when the interpreter goes would abort the process."""
+    import torch.distributed as distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -68,9 +68,18 @@ class Checkpoints:
             if int(path.stem.removeprefix("images-")) > after:
                 aside.append(path.rename(path.with_name(f"aside-{path.name}")))
         best = self.folder / BEST
-        if aside and best.is_file() and load(best)["progress"]["images"] > after:
+        if aside and best.is_file() and not self._is_within(best, after):
             aside.append(best.rename(best.with_name(f"aside-{BEST}")))
         return aside
+
+    @staticmethod
+    def _is_within(path: Path, images: int) -> bool:
+        """Whether a checkpoint is sound, and of at most so many images."""
+        try:
+            return bool(load(path)["progress"]["images"] <= images)
+        except UsageError as exception:
+            console.error(str(exception))
+            return False
 
     def all(self) -> list[Path]:
         """Return the checkpoints by images seen, oldest first."""

@@ -331,8 +331,15 @@ def test_weights_that_are_not_here_are_said_once(
     assert result["models"][0]["intervals"]["psnr"] is None  # of one image
 
 
-def test_an_image_too_large_for_a_model_without_tiles_fails_alone(vq_dir: Path) -> None:
-    (model,) = load_all([vq_dir], EngineConfig(device="cpu", dtype="float32", memory_bytes=1))
+def test_an_image_too_large_for_a_model_without_tiles_fails_alone(tmp_path: Path) -> None:
+    VQModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),  # looks at the whole image
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    ).save_pretrained(tmp_path / "vq")
+    (model,) = load_all([tmp_path / "vq"], EngineConfig(device="cpu", dtype="float32", memory_bytes=1))
     with pytest.raises(ValueError, match=r"vq: .*cannot be run in stripes") as caught:
         model("a.png", photo(48, 48))
     assert not isinstance(caught.value, ModelError)  # that would end the run
