@@ -17,10 +17,10 @@ import numpy as np
 from codec import index_coder, index_fitting, packed
 from codec.errors import FormatError, ModelError
 from codec.index_coder import EXPONENT_LIMIT, N_NEIGHBOURS, PRIOR_TOTAL, Layout
+from codec.limits import MAX_CODES
 
 __all__ = ["MAX_CODES", "IndexMode", "IndexTables", "fit"]
 
-MAX_CODES = 1 << 20
 _MOST_SYMBOLS = 1 << 12  # groups, and codes of a group: what one row of frequencies holds
 
 

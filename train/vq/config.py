@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from codec.index_tables import MAX_CODES
+from codec.limits import MAX_CODES
 from train.checks import require
 from train.schedules import check_moment, parse_moment
 
