@@ -1,10 +1,13 @@
 """The moving average of the weights, which is what is validated and exported."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+
+_LAG = 0.02  # of the loss, by which averages of a run that has settled are never worse
 
 
 @runtime_checkable
@@ -41,3 +44,18 @@ def averaged(module: nn.Module, decay: float) -> Average:
 
     average = Average(module, multi_avg_fn=update, use_buffers=True)
     return average.eval().requires_grad_(False)
+
+
+def lag(metrics: Mapping[str, float]) -> str | None:
+    """Return a line to print where the averages of a finished run are worse than its last weights; None where not.
+
+    Args:
+        metrics: of the last validation; "raw_loss": of the last weights.
+    """
+    loss, raw = metrics.get("loss"), metrics.get("raw_loss")
+    if loss is None or raw is None or not loss > raw + _LAG * abs(raw):
+        return None
+    return (
+        f"the averaged weights, which are exported, are behind the last ones: held-out loss {loss:.4f} against "
+        f"{raw:.4f}; a smaller optim.ema_decay fits a run of so few steps"
+    )

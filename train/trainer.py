@@ -24,7 +24,7 @@ from torch import nn
 from codec import console
 from codec.errors import UsageError
 from train import signals
-from train.averaging import averaged
+from train.averaging import averaged, lag
 from train.bad_samples import TooManyBadError
 from train.checkpoint import Checkpoints, digest, random_state, set_random_state
 from train.journal import Journal, environment
@@ -271,8 +271,8 @@ class Trainer:
                     if not ends and due and self._nonfinite == 0:  # never of weights that may be the reason
                         self.checkpoint()
                         due = False
-            if not asked:
-                self.validate(bar)
+            if not asked and (line := lag(self.validate(bar))):
+                self._say(line)
             self.checkpoint()
         self.journal.close()
         if asked:

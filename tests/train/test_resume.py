@@ -95,7 +95,7 @@ def test_killed_at_a_random_step_and_resumed_with_other_workers(
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_polite_signal_saves_after_the_step_and_exits_0(
     number: signal.Signals, shards: Path, uninterrupted: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -26,7 +26,7 @@ from codec.tables import Mode
 from eval.metrics import psnr
 from tests.train.conftest import tiny_trainer
 from train.autoencoder import AutoencoderTask
-from train.averaging import averaged
+from train.averaging import averaged, lag
 from train.checkpoint import Checkpoints
 from train.cli import main
 from train.data import split, whole_images
@@ -253,6 +253,21 @@ def test_the_average_warms_up() -> None:
         decay = min(0.5, (1 + t) / (10 + t))
         expected = value if expected is None else decay * expected + (1 - decay) * value
         assert float(average.module.weight) == pytest.approx(expected)
+
+
+def test_averages_that_are_behind_the_last_weights_are_named(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lag({"loss": 0.5, "raw_loss": 0.495}) is None
+    assert lag({"loss": 0.4, "raw_loss": 0.5}) is None
+    assert lag({}) is None
+    behind = {"loss": 0.5, "raw_loss": 0.4}
+    monkeypatch.setattr(Trainer, "validate", lambda self, bar=None: behind)
+    arguments = [f"data.shards={shards}", f"run.out={tmp_path / 'r'}", "run.n_images=4", "export.statistics_images=1"]
+    assert main(["run", "tiny", *arguments]) == 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert "4 images: the averaged weights, which are exported, are behind" in error
+    assert "0.5000 against 0.4000; a smaller optim.ema_decay" in error
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_named_and_too_many_stop_the_run(
