@@ -15,6 +15,7 @@ from codec import fast, plan, tiled_tiny
 from codec.errors import ModelError
 from codec.latent_model import LatentModel
 from codec.rows import BAND_BYTES, KL_STRIPE_BYTES, TINY_STRIPE_BYTES, Stripes
+from codec.two_level import SCALE, TwoLevelVQModel
 
 What = Literal["encode", "decode"]
 
@@ -61,8 +62,10 @@ def estimate(
         if tiled:
             return _kl_tiled(coder, f, n_pixels, item_bytes, budget_bytes)
         return _kl(network, coder, f, n_pixels, item_bytes)
-    if isinstance(network, AutoencoderDC) and tiled:
+    if isinstance(network, AutoencoderDC | TwoLevelVQModel) and tiled:
         raise ModelError(f"a {type(network).__name__} cannot be run in stripes")
+    if isinstance(network, TwoLevelVQModel):
+        return _two_level(network, what, f, n_pixels, item_bytes)
     if isinstance(network, AutoencoderDC):
         return _dc(network, what, n_pixels, item_bytes)
     if not isinstance(network, AutoencoderTiny):
@@ -96,6 +99,18 @@ def _kl(network: Any, coder: torch.nn.Module, f: int, n_pixels: int, item_bytes:
     if fast.compute_dtype(network) is not None:  # it may run either way
         maps = max(maps, plan.striped_bytes(steps, n_pixels) + _STRIPED)
     return maps + 24 * n_pixels + _CONSTANT
+
+
+def _two_level(network: Any, what: What, f: int, n_pixels: int, item_bytes: int) -> int:
+    """Count the fine level's coder as that of an `AutoencoderKL`, and where it encodes the coarse one's, after it."""
+    fine = f // SCALE
+    if what == "decode":
+        return _kl(network, network.decoder, fine, n_pixels, item_bytes)
+    n_features = n_pixels // fine**2
+    features: int = network.encoder.conv_out.out_channels * n_features * torch.float32.itemsize
+    parts = (network.coarse_encoder, network.coarse_decoder)
+    inside = [_kl(network, part, SCALE, n_features, torch.float32.itemsize) for part in parts]
+    return max(_kl(network, network.encoder, fine, n_pixels, item_bytes), features + max(inside))
 
 
 def _dc(network: Any, what: What, n_pixels: int, item_bytes: int) -> int:

@@ -92,6 +92,19 @@ DECODER_FIELDS = {
         "upsample_fn",
         "upsampling_scaling_factor",
     ),
+    "TwoLevelVQModel": (
+        "_class_name",
+        "act_fn",
+        "block_out_channels",
+        "latent_channels",
+        "layers_per_block",
+        "mid_block_add_attention",
+        "norm_num_groups",
+        "num_coarse_vq_embeddings",
+        "num_vq_embeddings",
+        "out_channels",
+        "vq_embed_dim",
+    ),
     "VQModel": (
         "_class_name",
         "act_fn",
@@ -107,7 +120,8 @@ DECODER_FIELDS = {
         "vq_embed_dim",
     ),
 }
-_DECODER_PARTS = ("decoder.", "post_quant_conv.", "quantize.")  # beginnings of the decoder's tensors' names
+# Beginnings of the decoder's tensors' names.
+_DECODER_PARTS = ("decoder.", "post_quant_conv.", "quantize.", "coarse_quantize.", "coarse_upsample.")
 
 
 @dataclass(frozen=True, kw_only=True)
