@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from codec import Codec, adopt, bitstream, images, map_tables, model_folder
+from codec import Codec, adopt, bitstream, images, map_tables, model_folder, tiled
 from codec.cli import main
 from codec.coding import Settings
 from codec.engine import Engine, EngineConfig
@@ -188,8 +188,33 @@ def test_adoption_and_refit_fit_tables_to_each_map(tmp_path: Path) -> None:
         assert counts[tables.commonest] == counts.max()
 
 
-def test_an_image_beyond_the_memory_is_refused_in_words(two_dir: Path) -> None:
-    engine = Engine.load(two_dir, EngineConfig(device="cpu", dtype="float32", memory_bytes=1_000_000))
-    assert not engine.fits(150, 90, "encode")
-    with pytest.raises(ModelError, match="a TwoLevelVQModel cannot be run in stripes"):
-        engine.encode_for_coder(photo(150, 90))
+def test_an_image_beyond_the_memory_goes_in_stripes_to_the_same_indices(codec: Codec, two_dir: Path) -> None:
+    small = Engine.load(two_dir, EngineConfig(device="cpu", dtype="float32", memory_bytes=1_000_000))
+    image, model = photo(150, 90, seed=3), codec.model
+    assert isinstance(model, TwoLevelModel)
+    assert not small.fits(150, 90, "encode")
+    indices = codec.engine.encode_for_coder(image)
+    assert indices.shape == (5, 38, 23)
+    assert np.mean(small.encode_for_coder(image) != indices) < 0.002  # of those between two codes
+    striped = tiled.decode(model, codec.engine._vectors(model, indices), 150, 90, stripe_rows=3)
+    for found in (small.decode(indices, 150, 90), striped):
+        assert np.abs(found.astype(int) - codec.engine.decode(indices, 150, 90)).max() <= 1
+    box = (7, 30, 40, 50)
+    np.testing.assert_array_equal(small.decode(indices, 150, 90, box), small.decode(indices, 150, 90)[30:80, 7:47])
+
+
+def test_half_precision_and_stripes_of_it_find_indices_of_the_same_vectors(two_dir: Path) -> None:
+    """The coarse level computes in float32 whatever the rest does, and latents are quantised in it."""
+    image = photo(60, 60)
+    for memory_bytes in (0, 1_000_000):
+        engine = Engine.load(two_dir, EngineConfig(device="cpu", dtype="bfloat16", memory_bytes=memory_bytes))
+        model = engine.model
+        assert isinstance(model, TwoLevelModel)
+        for z, codebook, found in zip(
+            model.unpack(torch.from_numpy(engine.encode(image))[None]),
+            model.codebooks,
+            to_grids(engine.encode_for_coder(image), MAPS),
+            strict=True,
+        ):
+            distances = (z[0].movedim(0, -1)[..., None, :].double() - codebook.double()).square().sum(-1)
+            np.testing.assert_array_equal(found, distances.argmin(-1))
