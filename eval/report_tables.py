@@ -145,7 +145,11 @@ def _means(result: Mapping[str, Any]) -> Iterator[Table]:
             for model in models
         ]
         yield Table("Sets of images", ["model", *keys], rows, "Of all images together.")
-    books = [(model["name"], book) for model in models for book in codebooks(model)]
+    books = [
+        (model["name"] if n == 0 else f"{model['name']}, index map {n + 1}", book)
+        for model in models
+        for n, book in enumerate(codebooks(model))
+    ]
     if books:
         keys = list(books[0][1])
         rows = [Row([Cell(name), *(Cell(_value(book[key])) for key in keys)]) for name, book in books]
