@@ -1,11 +1,10 @@
-"""The diffusers classes that stand behind `codec.latent_model.LatentModel`, one adapter each.
+"""The classes that stand behind `codec.latent_model.LatentModel`, one adapter each.
 
-The networks are diffusers' own; an adapter adds nothing but names. It is made in no time and holds no state.
+The networks are diffusers' own, but for `codec.two_level.TwoLevelVQModel`; an adapter adds nothing but names. It is
+made in no time and holds no state. Those with codebooks are in `codec.codebook_model` and `codec.two_level`.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,80 +17,26 @@ from diffusers import (
     VQModel,
 )
 
-from codec import fsq
+from codec.adapter_base import Adapter, Normalisation, Posterior
+from codec.codebook_model import CodebookModel
 from codec.errors import ModelError
+from codec.two_level import TwoLevelModel, TwoLevelVQModel
 
-_MOST_DISTANCES = 1 << 22  # between latents and codebook vectors, held at once
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """q(z|x) of a batch, raw latents.
-
-    Attributes:
-        mean: (B, D, h, w) float32.
-        logvar: (B, D, h, w) float32, clamped by diffusers to [-30, 20]; None for a family without a variance.
-    """
-
-    mean: torch.Tensor
-    logvar: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """What a diffusion model's pipeline does between raw and normalized latents: (z - shift) * scale.
-
-    Attributes:
-        shift: one number; or (D, p, p), which repeats over the latent grid, p = 1 or the side of a patch.
-        scale: the same.
-    """
-
-    shift: float | torch.Tensor
-    scale: float | torch.Tensor
-
-    def normalize(self, z: torch.Tensor) -> torch.Tensor:
-        """Return the normalized latents of raw ones; (B, D, h, w), in the type and on the device of z."""
-        return (z - _spread(self.shift, z)) * _spread(self.scale, z)
-
-    def denormalize(self, z: torch.Tensor) -> torch.Tensor:
-        """Return the raw latents of normalized ones; (B, D, h, w), in the type and on the device of z."""
-        return z / _spread(self.scale, z) + _spread(self.shift, z)
-
-    def deviation(self, z: torch.Tensor) -> torch.Tensor | float:
-        """Return what one unit of normalized latents is in raw ones: a number, or (D, h, w) for z, (B, D, h, w)."""
-        return 1 / _spread(self.scale, z)
+__all__ = [
+    "ADAPTERS",
+    "AsymmetricModel",
+    "CodebookModel",
+    "DCModel",
+    "Flux2Model",
+    "KLModel",
+    "Normalisation",
+    "Posterior",
+    "TinyModel",
+    "TwoLevelModel",
+]
 
 
-def _spread(values: float | torch.Tensor, z: torch.Tensor) -> torch.Tensor | float:
-    if isinstance(values, float):
-        return values
-    (h, w), (rows, columns) = z.shape[-2:], values.shape[-2:]
-    repeated = values.repeat(1, -(-h // rows), -(-w // columns))
-    return repeated[:, :h, :w].to(z)
-
-
-class _Adapter:
-    """What all adapters do alike."""
-
-    scaling_factor: float
-    shift_factor: float
-    receptive_field: int | None = None  # GroupNorm and attention look at the whole image
-
-    @property
-    def normalisation(self) -> Normalisation:
-        """See `LatentModel.normalisation`."""
-        return Normalisation(self.shift_factor, self.scaling_factor)
-
-    def normalize(self, z: torch.Tensor) -> torch.Tensor:
-        """See `LatentModel.normalize`."""
-        return self.normalisation.normalize(z)
-
-    def denormalize(self, z: torch.Tensor) -> torch.Tensor:
-        """See `LatentModel.denormalize`."""
-        return self.normalisation.denormalize(z)
-
-
-class KLModel(_Adapter):
+class KLModel(Adapter):
     """Adapter of `diffusers.AutoencoderKL`."""
 
     family = "kl"
@@ -138,7 +83,7 @@ def _gaussian(encoded: Any) -> Posterior:
     return Posterior(posterior.mean.float(), posterior.logvar.float())
 
 
-class AsymmetricModel(_Adapter):
+class AsymmetricModel(Adapter):
     """Adapter of `diffusers.AsymmetricAutoencoderKL`: a larger decoder, here without the image and mask it can take."""
 
     family = "kl"
@@ -172,7 +117,7 @@ def _same_factor(network: torch.nn.Module, shrinks: int, enlarges: int) -> None:
         raise ModelError(f"an {name} that shrinks by {shrinks} and enlarges by {enlarges}: not supported")
 
 
-class Flux2Model(_Adapter):
+class Flux2Model(Adapter):
     """Adapter of `diffusers.AutoencoderKLFlux2`. Raw latents are those of its encoder, not cut into patches.
 
     Pipelines of FLUX.2 cut them into patches of 2 x 2 and normalize each of the 4 D channels by the network's
@@ -214,7 +159,7 @@ class Flux2Model(_Adapter):
         return x_hat
 
 
-class DCModel(_Adapter):
+class DCModel(Adapter):
     """Adapter of `diffusers.AutoencoderDC`: no variance, f 32 and more."""
 
     family = "dc"
@@ -247,7 +192,7 @@ def _dc_factor(layers_per_block: Sequence[int]) -> int:
     return int(2 ** ((layers_per_block[0] == 0) + sum(n > 0 for n in layers_per_block[:-1])))
 
 
-class TinyModel(_Adapter):
+class TinyModel(Adapter):
     """Adapter of `diffusers.AutoencoderTiny`: no variance, no norm, no attention.
 
     Its decoder sees 3 * tanh(z / 3): raw latents far beyond +-3 are all the same to it.
@@ -300,87 +245,6 @@ def _tiny_receptive_field(config: Any, f: int) -> int | None:
     return radius
 
 
-class CodebookModel(_Adapter):
-    """Adapter of `diffusers.VQModel`: latents are continuous, and `decode` moves each to its codebook vector.
-
-    That is the nearest one; or, where config.json has the key `fsq_levels`, which diffusers passes over, the cell of
-    finite scalar quantisation that the latents lie in. VQModel itself cannot tell cells: its own `decode` of codebook
-    vectors is right for such a model, its own quantisation of latents is not.
-
-    Attributes:
-        codebook_size: K.
-        codebook: (K, D), D = `channels`.
-        fsq_levels: cells along each of the D dimensions, whose product is K; empty = the nearest vector counts.
-    """
-
-    family = "vq"
-    shift_factor = 0.0  # the class has none
-
-    def __init__(self, network: VQModel) -> None:
-        config = network.config
-        self.network: torch.nn.Module = network
-        self._vq = network
-        self.f = 2 ** (len(config.block_out_channels) - 1)
-        self.channels = int(network.quantize.vq_embed_dim)
-        self.codebook_size = int(config.num_vq_embeddings)
-        self.fsq_levels = tuple(int(level) for level in config.get("fsq_levels") or ())
-        if self.fsq_levels and (len(self.fsq_levels), math.prod(self.fsq_levels)) != (
-            self.channels,
-            self.codebook_size,
-        ):
-            raise ModelError(
-                f"fsq_levels {list(self.fsq_levels)} of {self.codebook_size} vectors of {self.channels} channels: "
-                "expected a level for each channel, and their product as the number of vectors"
-            )
-        self.scaling_factor = float(config.scaling_factor)
-        self.decoder_out: torch.nn.Module = network.decoder.conv_out
-
-    @property
-    def codebook(self) -> torch.Tensor:
-        """See the class."""
-        weight: torch.Tensor = self._vq.quantize.embedding.weight
-        return weight
-
-    def encode(self, x: torch.Tensor) -> Posterior:
-        """See `LatentModel.encode`; the latents before they are quantised."""
-        return Posterior(self._vq.encode(x).latents.float(), None)
-
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """See `LatentModel.decode`; z is quantised first."""
-        return self.decode_indices(self.quantise(z))
-
-    def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return x_hat, (B, 3, h*f, w*f), of codebook indices, (B, h, w) int64 in [0, K)."""
-        return self.decode_vectors(self.vectors(indices))
-
-    def vectors(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return z_q, (B, D, h, w), the codebook vectors of indices, (B, h, w) int64 in [0, K)."""
-        return self.codebook[indices].movedim(-1, 1).contiguous()
-
-    def decode_vectors(self, z_q: torch.Tensor) -> torch.Tensor:
-        """Return x_hat, (B, 3, h*f, w*f), of codebook vectors, (B, D, h, w), which are not quantised again."""
-        x_hat: torch.Tensor = self._vq.decode(z_q, force_not_quantize=True).sample
-        return x_hat
-
-    def indices(self, x: torch.Tensor) -> torch.Tensor:
-        """Return which codebook vectors stand for x, (B, h, w) int64 in [0, K)."""
-        return self.quantise(self.encode(x).mean)
-
-    def quantise(self, z: torch.Tensor) -> torch.Tensor:
-        """Return the indices of the codebook vectors that raw latents become: (B, D, h, w) -> (B, h, w) int64.
-
-        In float32 whatever the autocast, a part of the positions at a time: (B*h*w, K) distances can be gigabytes.
-        """
-        z = z.detach().float()
-        if self.fsq_levels:
-            return fsq.to_index(fsq.cells(z, self.fsq_levels), self.fsq_levels)
-        flat, codebook = z.movedim(1, -1).reshape(-1, z.shape[1]), self.codebook.detach().float()
-        with torch.autocast(z.device.type, enabled=False):
-            parts = torch.split(flat, max(1, _MOST_DISTANCES // len(codebook)))
-            nearest = torch.cat([torch.cdist(part, codebook).argmin(dim=1) for part in parts])
-        return nearest.reshape(z.shape[0], *z.shape[2:])
-
-
 ADAPTERS: dict[type[torch.nn.Module], Any] = {
     AutoencoderKL: KLModel,
     AutoencoderTiny: TinyModel,
@@ -388,5 +252,6 @@ ADAPTERS: dict[type[torch.nn.Module], Any] = {
     AutoencoderDC: DCModel,
     AutoencoderKLFlux2: Flux2Model,
     AsymmetricAutoencoderKL: AsymmetricModel,
+    TwoLevelVQModel: TwoLevelModel,
 }
-"""diffusers class -> adapter."""
+"""Class of the network -> adapter."""

@@ -1,7 +1,7 @@
 """Runs a model's network on images of any size: which precision, whole or tiled, and what to do when that fails.
 
     image (H, W, 3) uint8 -> encode -> z, raw (D, h, w) float32 -> decode -> image
-                             VQ: encode_for_coder -> codebook indices (1, h, w) int32 -> decode
+                             VQ: encode_for_coder -> codebook indices (C, h, w) int32 -> decode
 
 What decides about tiles is the size of the image and the machine, never what happens to be free at the moment: the
 two ways differ in the last bits, and encoding twice must give the same bytes.
@@ -142,15 +142,17 @@ class Engine:
         """Return what `codec.coding.Coder` takes: the raw latents of an image, see `encode`.
 
         Of a VQModel its codebook indices instead, (1, h, w) int32, whatever the type that its encoder computes in
-        found in float32.
+        found in float32; of a model with several maps of indices their planes, (C, h, w), see `codec.index_maps`.
         """
         z = self.encode(image)
-        return self._indices(self.model, z) if isinstance(self.model, CodebookModel) else z
+        return self.indices(z) if isinstance(self.model, CodebookModel) else z
 
-    def _indices(self, model: CodebookModel, z: np.ndarray) -> np.ndarray:
+    def indices(self, z: np.ndarray) -> np.ndarray:
+        """Return the codebook indices, (C, h, w) int32, that raw latents of a VQ model become, (D, h, w) float32."""
+        assert isinstance(self.model, CodebookModel), "the others have none"
         with torch.inference_mode():
-            indices: np.ndarray = model.quantise(torch.from_numpy(z)[None].to(self.device)).cpu().numpy()
-        return indices.astype(np.int32)
+            indices: np.ndarray = self.model.quantise(torch.from_numpy(z)[None].to(self.device)).cpu().numpy()
+        return indices.astype(np.int32).reshape(-1, *z.shape[1:])  # the batch of one goes, or is the only plane
 
     def posterior(self, image: np.ndarray) -> Posterior:
         """Return the raw posterior of an image that goes through whole, see `fits`: neither tiles nor second tries.
@@ -170,7 +172,7 @@ class Engine:
         """Return the image of raw latents.
 
         Args:
-            z: (D, h, w) float32, or of a VQModel the indices of `encode_for_coder`; its raw latents are quantised.
+            z: (D, h, w) float32, or of a VQ model the indices of `encode_for_coder`; its raw latents are quantised.
             height: pixels of the image that was encoded.
             width: pixels.
             region: (left, top, width, height) in pixels, inside the image; None = all of it.
@@ -196,9 +198,10 @@ class Engine:
         )
 
     def _vectors(self, model: CodebookModel, z: np.ndarray) -> np.ndarray:
-        indices = z if np.issubdtype(z.dtype, np.integer) else self._indices(model, z)
+        indices = z if np.issubdtype(z.dtype, np.integer) else self.indices(z)
+        batch = torch.from_numpy(indices.astype(np.int64)).to(self.device)
         with torch.inference_mode():
-            z_q: np.ndarray = model.vectors(torch.from_numpy(indices.astype(np.int64)).to(self.device))[0].cpu().numpy()
+            z_q: np.ndarray = model.vectors(batch if len(model.maps) == 1 else batch[None])[0].cpu().numpy()
         return z_q
 
     def _careful(

@@ -2,8 +2,8 @@
 
     x (B, 3, H, W) in [-1, 1] -> encode -> Posterior(mean, log-variance), raw (B, D, h, w) -> decode -> x_hat
 
-The networks are diffusers' own classes; an adapter adds nothing but names. Another family is another adapter and one
-more row in `codec.adapters.ADAPTERS`.
+The networks are diffusers' own classes, but for `codec.two_level.TwoLevelVQModel`; an adapter adds nothing but names.
+Another family is another adapter and one more row in `codec.adapters.ADAPTERS`.
 """
 
 import json
@@ -26,6 +26,7 @@ from codec.adapters import (
     Normalisation,
     Posterior,
     TinyModel,
+    TwoLevelModel,
 )
 from codec.errors import ModelError, UsageError
 
@@ -40,6 +41,7 @@ __all__ = [
     "Normalisation",
     "Posterior",
     "TinyModel",
+    "TwoLevelModel",
     "decoder_id",
     "latent_model",
     "load_latent_model",

@@ -15,6 +15,7 @@ from codec import fast, plan, tiled_tiny
 from codec.errors import ModelError
 from codec.latent_model import LatentModel
 from codec.rows import BAND_BYTES, KL_STRIPE_BYTES, TINY_STRIPE_BYTES, Stripes
+from codec.two_level import SCALE, TwoLevelVQModel
 
 What = Literal["encode", "decode"]
 
@@ -61,6 +62,11 @@ def estimate(
         if tiled:
             return _kl_tiled(coder, f, n_pixels, item_bytes, budget_bytes)
         return _kl(network, coder, f, n_pixels, item_bytes)
+    if isinstance(network, TwoLevelVQModel):
+        inside = _within(network, what, n_pixels // (f // SCALE) ** 2)
+        if tiled:
+            return max(_kl_tiled(coder, f // SCALE, n_pixels, item_bytes, budget_bytes), inside + 3 * n_pixels)
+        return max(_kl(network, coder, f // SCALE, n_pixels, item_bytes), inside)
     if isinstance(network, AutoencoderDC) and tiled:
         raise ModelError(f"a {type(network).__name__} cannot be run in stripes")
     if isinstance(network, AutoencoderDC):
@@ -96,6 +102,21 @@ def _kl(network: Any, coder: torch.nn.Module, f: int, n_pixels: int, item_bytes:
     if fast.compute_dtype(network) is not None:  # it may run either way
         maps = max(maps, plan.striped_bytes(steps, n_pixels) + _STRIPED)
     return maps + 24 * n_pixels + _CONSTANT
+
+
+def _within(network: TwoLevelVQModel, what: What, n_features: int) -> int:
+    """Count what encodes and decodes the coarse level, after the fine one's encoder and whole; nothing to decode.
+
+    Args:
+        network: in float32 there.
+        what: see `estimate`.
+        n_features: positions of the fine level.
+    """
+    if what == "decode":
+        return 0
+    features: int = network.encoder.conv_out.out_channels * n_features * torch.float32.itemsize
+    parts = (network.coarse_encoder, network.coarse_decoder)
+    return features + max(_kl(network, part, SCALE, n_features, torch.float32.itemsize) for part in parts)
 
 
 def _dc(network: Any, what: What, n_pixels: int, item_bytes: int) -> int:
