@@ -1,0 +1,1 @@
+"""The conditional head: a CVAE on a codec's latents."""
