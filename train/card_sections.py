@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from codec import facts, preview
-from codec.adapters import CodebookModel
+from codec.adapters import CodebookModel, TwoLevelModel
 from codec.files import write_atomic
 from codec.latent_model import LatentModel, latent_model
 from codec.model_folder import CODEC_TENSORS
@@ -121,6 +121,11 @@ def _diffusers_row(model: LatentModel, kind: str) -> tuple[str, str, str]:
     if isinstance(model, CodebookModel) and model.fsq_levels:
         how = f"`{kind}.from_pretrained(FOLDER).decode(VECTORS, force_not_quantize=True)`; its own quantisation is not "
         return "diffusers", "decodes", f"{how}that of this lattice: indices are `load_latent_model(FOLDER).indices(x)`"
+    if isinstance(model, TwoLevelModel):
+        how = (
+            "diffusers has no class for it, nor has any pipeline: `codec.latent_model.load_latent_model(Path(FOLDER))`"
+        )
+        return "diffusers", "no", how
     return "diffusers", "yes", f"`{kind}.from_pretrained(FOLDER)`"
 
 

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from torch import nn
 
 from codec.errors import ModelError, UsageError
 from codec.latent_model import latent_model
+from codec.two_level import TwoLevelVQModel
 
 OPSET = 18
 TOLERANCE = 1e-4  # largest difference of an image; of latents, where they are large, in units of the largest one
@@ -80,8 +81,9 @@ def check_onnx(network: nn.Module) -> None:
     """
     if not isinstance(network, AutoencoderKL | AutoencoderTiny):
         name = type(network).__name__
-        why = {"VQModel": ": its decoder looks indices up in the codebook, which other programs do in their own ways"}
-        raise ModelError(f"ONNX: a {name}; only AutoencoderKL and AutoencoderTiny are exported{why.get(name, '')}")
+        why = ": its decoder looks indices up in the codebook, which other programs do in their own ways"
+        coded = isinstance(network, VQModel | TwoLevelVQModel)
+        raise ModelError(f"ONNX: a {name}; only AutoencoderKL and AutoencoderTiny are exported{why * coded}")
     check_packages()
 
 
