@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from codec import index_tables, model_folder, tables
+from codec import map_tables, model_folder, tables
 from codec.errors import UsageError
-from codec.index_tables import IndexTables
-from codec.latent_model import CodebookModel, LatentModel, decoder_id, load_latent_model
+from codec.index_maps import IndexMap, to_grids
+from codec.latent_model import CodebookModel, LatentModel, Posterior, decoder_id, load_latent_model
+from codec.map_tables import CodeTables
 from codec.model_folder import ModelFolder
 from codec.pixels import middle, to_float
 from codec.search_limit import N_IMAGES, search_below
@@ -76,35 +77,57 @@ def measure(
         UsageError: the latents do not vary.
     """
     statistics = LatentStatistics(model.channels)
-    device = next(model.network.parameters()).device
     rng = np.random.default_rng(0)
-    per_image = max(1, _MAX_TABLE_LATENTS // n_images)
     kept: list[np.ndarray] = []
-    largest = 0.0
-    for n, image in enumerate(images):
-        x = to_float(image)[None].to(device)
-        with torch.inference_mode():
-            if n < n_decoded:
-                with _activations(model.network) as seen:
-                    posterior = model.encode(x)
-                    model.decode(posterior.mean)
-                largest = max(largest, *seen)
-            else:
-                posterior = model.encode(x)
-        statistics.update(posterior)
-        grid = posterior.mean[0].cpu().numpy()
-        watch(grid, image)
-        kept.append(random_part(grid, per_image, rng))
+    largest = [0.0]
+
+    def encode(x: torch.Tensor) -> Posterior:
+        if len(kept) >= n_decoded:
+            return model.encode(x)
+        with _activations(model.network, largest):
+            posterior = model.encode(x)
+            model.decode(posterior.mean)
+        return posterior
+
+    for posterior in _posteriors(model, images, statistics, watch, encode):
+        kept.append(random_part(posterior.mean[0].cpu().numpy(), _per_image(n_images), rng))
     if not kept:
         return None
-    summary = statistics.summary()
-    _check_variation(summary)
+    summary = _varying(statistics)
     if step is None:
         z = np.concatenate([grid.reshape(model.channels, -1) for grid in kept], axis=1)
         step = coarsest_step(z, summary, model.f)
     assert step.shape == (model.channels,)
     assert (step > 0).all()
-    return Measured(summary, step.astype(np.float32), kept, largest)
+    return Measured(summary, step.astype(np.float32), kept, max(largest))
+
+
+def _posteriors(
+    model: LatentModel,
+    images: Iterable[np.ndarray],
+    statistics: LatentStatistics,
+    watch: Callable[[np.ndarray, np.ndarray], None],
+    encode: Callable[[torch.Tensor], Posterior],
+) -> Iterator[Posterior]:
+    """Yield the posterior of each image, after it was counted and watched."""
+    device = next(model.network.parameters()).device
+    for image in images:
+        with torch.inference_mode():
+            posterior = encode(to_float(image)[None].to(device))
+        statistics.update(posterior)
+        watch(posterior.mean[0].cpu().numpy(), image)
+        yield posterior
+
+
+def _per_image(n_images: int) -> int:
+    return max(1, _MAX_TABLE_LATENTS // n_images)
+
+
+def _varying(statistics: LatentStatistics) -> LatentSummary:
+    summary = statistics.summary()
+    if not summary.std.max() > 1e-8:  # not the global one, which constants that differ by channel would pass
+        raise UsageError("the latents of the training images do not vary: the model has collapsed")
+    return summary
 
 
 @dataclass(frozen=True)
@@ -113,29 +136,41 @@ class MeasuredIndices:
 
     Attributes:
         summary: moments of the raw latents, before they are quantised.
-        grids: (h, w) int32 codebook indices each, parts of the images', in the order of the images.
-        counts: (K,) int64, how often each code stands in the whole images.
+        maps: the model's index maps, most often one.
+        grids: for each map (h*s, w*s) int32 codebook indices, parts of the images', in the order of the images.
+        counts: for each map (K,) int64, how often each code stands in the whole images.
     """
 
     summary: LatentSummary
-    grids: list[np.ndarray]
-    counts: np.ndarray
+    maps: tuple[IndexMap, ...]
+    grids: tuple[list[np.ndarray], ...]
+    counts: tuple[np.ndarray, ...]
 
-    def usage(self) -> dict[str, Any]:
-        """Return how the codebook is used, for codec.json: K, tokens seen, codes used, their share, perplexity."""
-        n_tokens, n_used = int(self.counts.sum()), int((self.counts > 0).sum())
-        p = self.counts[self.counts > 0] / n_tokens
-        return {
-            "size": self.counts.size,
-            "n_tokens": n_tokens,
-            "n_used": n_used,
-            "usage": n_used / self.counts.size,
-            "perplexity": float(np.exp(-(p * np.log(p)).sum())),
-        }
+    def usage(self) -> list[dict[str, Any]]:
+        """Return how each map's codebook is used: K, tokens seen, codes used, their share, perplexity."""
+        return [_usage(counts) for counts in self.counts]
 
-    def fit(self, model: CodebookModel) -> IndexTables:
-        """Return tables fitted to the indices."""
-        return index_tables.fit(self.grids, model.codebook.detach().float().cpu().numpy())
+    def about(self) -> dict[str, Any]:
+        """Return what codec.json says of `usage`: `codebook` of a single map, `codebooks` of several."""
+        usage = self.usage()
+        return {"codebook": usage[0]} if len(usage) == 1 else {"codebooks": usage}
+
+    def fit(self, model: CodebookModel) -> CodeTables:
+        """Return tables fitted to the indices: `IndexTables`, or `MapTables`, which has them for each map."""
+        codebooks = [codebook.detach().float().cpu().numpy() for codebook in model.codebooks]
+        return map_tables.fit(self.maps, self.grids, codebooks)
+
+
+def _usage(counts: np.ndarray) -> dict[str, Any]:
+    n_tokens, n_used = int(counts.sum()), int((counts > 0).sum())
+    p = counts[counts > 0] / n_tokens
+    return {
+        "size": counts.size,
+        "n_tokens": n_tokens,
+        "n_used": n_used,
+        "usage": n_used / counts.size,
+        "perplexity": float(np.exp(-(p * np.log(p)).sum())),
+    }
 
 
 def measure_indices(
@@ -160,30 +195,29 @@ def measure_indices(
         UsageError: the latents do not vary.
     """
     statistics = LatentStatistics(model.channels)
-    device = next(model.network.parameters()).device
     rng = np.random.default_rng(0)
-    per_image = max(1, _MAX_TABLE_LATENTS // n_images)
-    counts = np.zeros(model.codebook_size, np.int64)
-    kept: list[np.ndarray] = []
-    for image in images:
-        with torch.inference_mode():
-            posterior = model.encode(to_float(image)[None].to(device))
-            grid = model.quantise(posterior.mean).cpu().numpy().astype(np.int32)  # (1, h, w)
-        statistics.update(posterior)
-        watch(posterior.mean[0].cpu().numpy(), image)
-        counts += np.bincount(grid.reshape(-1), minlength=counts.size)
-        kept.append(random_part(grid, per_image, rng)[0])
-    if not kept:
+    counts = tuple(np.zeros(each.codebook_size, np.int64) for each in model.maps)
+    kept: tuple[list[np.ndarray], ...] = tuple([] for _ in model.maps)
+    for posterior in _posteriors(model, images, statistics, watch, model.encode):
+        for grid, counted, parts in zip(_grids(model, posterior), counts, kept, strict=True):
+            counted += np.bincount(grid.reshape(-1), minlength=counted.size)
+            parts.append(random_part(grid[None], _per_image(n_images), rng)[0])
+    if not kept[0]:
         return None
-    summary = statistics.summary()
-    _check_variation(summary)
-    return MeasuredIndices(summary, kept, counts)
+    return MeasuredIndices(_varying(statistics), model.maps, kept, counts)
+
+
+def _grids(model: CodebookModel, posterior: Posterior) -> list[np.ndarray]:
+    """Return the indices of one image, for each map (h*s, w*s) int32."""
+    with torch.inference_mode():
+        indices = model.quantise(posterior.mean).cpu().numpy().astype(np.int32)
+    return to_grids(indices.reshape(-1, *indices.shape[-2:]), model.maps)
 
 
 def write_vq(
     folder: Path, model: CodebookModel, measured: MeasuredIndices, info: Mapping[str, Any] | None = None
 ) -> ModelFolder:
-    """Make a folder that diffusers has saved a VQModel to a model folder: write codec.json and codec.safetensors.
+    """Make a folder that a VQ model was saved to a model folder: write codec.json and codec.safetensors.
 
     Args:
         folder: the folder.
@@ -199,7 +233,7 @@ def write_vq(
 
 
 def vq_info(model: CodebookModel, measured: MeasuredIndices) -> dict[str, Any]:
-    """Return what codec.json says of a VQ model and its codebook, all but the name."""
+    """Return what codec.json says of a VQ model and its codebooks, all but the name."""
     return {
         "family": model.family,
         "f": model.f,
@@ -208,15 +242,10 @@ def vq_info(model: CodebookModel, measured: MeasuredIndices) -> dict[str, Any]:
         "decoder_id": decoder_id(model.network),
         "scaling_factor": model.scaling_factor,
         "shift_factor": model.shift_factor,
-        "codebook_size": model.codebook_size,
-        "codebook": measured.usage(),
+        **model_folder.state_maps(model.maps),
+        **measured.about(),
         "statistics": measured.summary.to_json(),
     }
-
-
-def _check_variation(summary: LatentSummary) -> None:
-    if not summary.std.max() > 1e-8:  # not the global one, which constants that differ by channel would pass
-        raise UsageError("the latents of the training images do not vary: the model has collapsed")
 
 
 def random_part(z: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
@@ -343,9 +372,8 @@ def _name(folder: Path) -> str:
 
 
 @contextmanager
-def _activations(network: nn.Module) -> Iterator[list[float]]:
-    """Yield a list that takes the largest magnitude of every module's output while the context is open."""
-    seen = [0.0]
+def _activations(network: nn.Module, seen: list[float]) -> Iterator[None]:
+    """Add the largest magnitude of every module's output to a list while the context is open."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
@@ -353,7 +381,7 @@ def _activations(network: nn.Module) -> Iterator[list[float]]:
 
     hooks = [module.register_forward_hook(hook) for module in network.modules()]
     try:
-        yield seen
+        yield
     finally:
         for handle in hooks:
             handle.remove()

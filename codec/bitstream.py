@@ -32,7 +32,8 @@ MAX_TILE_AREA = MAX_TILE**2  # positions, of a single tile too: what reading a t
 TILE = 16  # a tile chunk's type is TILE + its entropy mode
 LATENT_MODES = frozenset(range(3))  # entropy modes of integer latents: raw, static, context
 CODE_MODES = frozenset(range(4, 8))  # of codebook indices: fixed, static, adaptive, context
-MODES = LATENT_MODES | CODE_MODES
+MAPS = 8  # of several maps of codebook indices, each with a mode of its own
+MODES = LATENT_MODES | CODE_MODES | {MAPS}
 ALPHA = 1
 INFO = 129
 ICC = 130
@@ -168,7 +169,7 @@ def tile_check(header: Header, number: int, indices: npt.NDArray[np.int32]) -> i
     Args:
         header: of the file.
         number: of the tile, counted from 0 in the order of `header.tiles()`.
-        indices: (D, rows, columns) integer latents of the tile, or (1, rows, columns) codebook indices.
+        indices: (D, rows, columns) integer latents of the tile, or (C, rows, columns) codebook indices.
     """
     start = zlib.crc32(struct.pack("<I", number), zlib.crc32(_pack_header(header)))
     return zlib.crc32(np.ascontiguousarray(indices, dtype="<i4").tobytes(), start) & 0xFFFFFF

@@ -3,8 +3,9 @@
     z -> indices -> tiles -> mode and payload of each -> container           code, code_within
     file -> tiles -> indices, every sum checked -> z_q                       read, rescue, dequantise
 
-The network of a VQ model gives and takes codebook indices, (1, h, w) int32: they stand for both z and z_q. FORMAT.md
-is the law. Processes that share the work of a folder each hold a `Coder`.
+The network of a VQ model gives and takes codebook indices, (C, h, w) int32: they stand for both z and z_q. C is 1, or
+that of `codec.index_maps.planes` where a model has several index maps. FORMAT.md is the law. Processes that share the
+work of a folder each hold a `Coder`.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from codec import bitstream, effort, salvage
+from codec import bitstream, effort, index_maps, map_tables, salvage
 from codec.bitstream import Chunk, Contents, Header, Tile
 from codec.errors import FormatError, ModelError
-from codec.index_tables import IndexMode, IndexTables
+from codec.index_tables import IndexMode
+from codec.map_tables import CodeTables
 from codec.model_folder import ModelFolder
 from codec.regions import lost_pixels
 from codec.tables import QUALITIES, Mode, TableSet
@@ -33,7 +35,8 @@ class Settings:
         effort: 0 (rounding only) .. 9, how hard the encoder searches for cheaper integers, at qualities where that
             serves the model (`ModelFolder.search_below`); not for a VQ model.
         tile: side of a tile in latents, a power of two; 0 = one tile.
-        modes: entropy coding modes to try, those for the model's latents; the smallest payload is kept, tile by tile.
+        modes: entropy coding modes to try, those for the model's latents; the smallest payload is kept, tile by tile,
+            and of several index maps map by map.
     """
 
     quality: int = bitstream.DEFAULT_QUALITY
@@ -71,8 +74,8 @@ class Rescued:
 
     Attributes:
         header: what the file says about itself.
-        z: (D, h, w) float32 raw latents; lost ones are the channel means. Of a VQ model (1, h, w) int32 codebook
-            indices; lost ones are its commonest code.
+        z: (D, h, w) float32 raw latents; lost ones are the channel means. Of a VQ model (C, h, w) int32 codebook
+            indices; lost ones are its commonest codes.
         lost: rows and columns of latents of each lost tile.
         chunks: what else was whole.
         damage: a sentence for each thing that is wrong.
@@ -107,7 +110,7 @@ class Coder:
         """Code the latents of one image.
 
         Args:
-            z: (D, h, w) float32 raw latents, h = ceil(height / f), w = ceil(width / f); of a VQ model (1, h, w) int32
+            z: (D, h, w) float32 raw latents, h = ceil(height / f), w = ceil(width / f); of a VQ model (C, h, w) int32
                 codebook indices.
             width: pixels of the image.
             height: pixels.
@@ -122,7 +125,7 @@ class Coder:
         header = Header(
             stream_id=folder.stream_id,
             decoder_id=self._decoder_id,
-            quality=0 if folder.codebook_size else settings.quality,
+            quality=0 if folder.maps else settings.quality,
             width=width,
             height=height,
             f=folder.f,
@@ -131,7 +134,7 @@ class Coder:
         expected = (self._n_planes, *header.grid)
         if z.shape != expected:
             raise ValueError(f"latents {z.shape}, expected {expected} for {width} x {height} pixels")
-        encode = self._encode_indices if folder.codebook_size else self._encode_latents
+        encode = self._encode_indices if folder.maps else self._encode_latents
         tiles = []
         for number, (rows, columns) in enumerate(header.tiles()):
             mode, payload, indices = encode(z[:, rows, columns], settings)
@@ -139,8 +142,15 @@ class Coder:
         return Coded(bitstream.pack(header, tiles, chunks), header.quality)
 
     @property
+    def _modes(self) -> frozenset[int]:
+        """Entropy modes that tiles of this model's files can have."""
+        if not self.folder.maps:
+            return bitstream.LATENT_MODES
+        return bitstream.CODE_MODES if len(self.folder.maps) == 1 else frozenset({bitstream.MAPS})
+
+    @property
     def _n_planes(self) -> int:
-        return 1 if self.folder.codebook_size else self.folder.channels
+        return index_maps.planes(self.folder.maps) if self.folder.maps else self.folder.channels
 
     def _encode_latents(self, z: np.ndarray, settings: Settings) -> tuple[int, bytes, np.ndarray]:
         """Return mode, payload and indices of one tile."""
@@ -163,8 +173,9 @@ class Coder:
             raise ValueError(f"modes {settings.modes}, expected some of {[*IndexMode]} for {folder.name}")
         if not np.issubdtype(indices.dtype, np.integer):
             raise ValueError(f"{indices.dtype} for {folder.name}, expected codebook indices")
-        if not 0 <= int(indices.min()) <= int(indices.max()) < tables.codebook_size:
-            raise ValueError(f"an index beyond the codebook of {tables.codebook_size} vectors of {folder.name}")
+        for each, grid in zip(folder.maps, index_maps.to_grids(indices, folder.maps), strict=True):
+            if not 0 <= int(grid.min()) <= int(grid.max()) < each.codebook_size:
+                raise ValueError(f"an index beyond the codebook of {each.codebook_size} vectors of {folder.name}")
         indices = indices.astype(np.int32)
         mode, payload = tables.encode(indices, modes)
         return int(mode), payload, indices
@@ -185,7 +196,7 @@ class Coder:
         Raises:
             ValueError: a VQ model, which has one quality.
         """
-        if self.folder.codebook_size:
+        if self.folder.maps:
             raise ValueError(f"{self.folder.name} is a VQ model: its quality is its own, no size can be asked for")
 
         def at(quality: int) -> Coded:
@@ -202,7 +213,7 @@ class Coder:
                 high = middle
         return best
 
-    def tables(self, header: Header) -> TableSet | IndexTables:
+    def tables(self, header: Header) -> TableSet | CodeTables:
         """Return the tables of a file.
 
         Raises:
@@ -217,7 +228,7 @@ class Coder:
             )
         if header.f != folder.f:
             raise FormatError(f"damaged: it says f {header.f}, its model has f {folder.f}")
-        if folder.codebook_size and header.quality:
+        if folder.maps and header.quality:
             raise FormatError(f"damaged: quality {header.quality} in a file of codebook indices, expected 0")
         return found
 
@@ -229,7 +240,7 @@ class Coder:
             region: rows and columns of latents that are wanted; tiles outside stay 0 and are not read.
 
         Returns:
-            (D, h, w) int32; of a VQ model (1, h, w).
+            (D, h, w) int32; of a VQ model (C, h, w).
 
         Raises:
             ModelError: this model does not know the file's stream.
@@ -251,9 +262,9 @@ class Coder:
         Codebook indices are returned as they are: their vectors belong to the network.
         """
         found = self.tables(header)
-        if isinstance(found, IndexTables):
-            return indices
-        return found.dequantise(indices, header.quality, self.folder.mean, self.folder.step)
+        if isinstance(found, TableSet):
+            return found.dequantise(indices, header.quality, self.folder.mean, self.folder.step)
+        return indices
 
     def rescue(self, data: bytes) -> Rescued:
         """Read what can be read of a damaged file.
@@ -262,15 +273,12 @@ class Coder:
             ModelError: this model does not know the file's stream.
             FormatError: not even the header can be believed, or no tile is whole.
         """
-        modes = bitstream.CODE_MODES if self.folder.codebook_size else bitstream.LATENT_MODES
-        found = salvage.salvage(data, modes)
+        found = salvage.salvage(data, self._modes)
         header, tables = found.header, self.tables(found.header)
         places, damage = header.tiles(), list(found.damage)
-        if isinstance(tables, IndexTables):
-            z = np.full((1, *header.grid), tables.commonest, np.int32)
-        else:
-            z = np.empty((self.folder.channels, *header.grid), np.float32)
-            z[:] = self.folder.mean[:, None, None]
+        fill = self.folder.mean[:, None, None] if isinstance(tables, TableSet) else tables.fill
+        z = np.empty((len(fill), *header.grid), fill.dtype)
+        z[:] = fill
         lost = []
         for number, (rows, columns) in enumerate(places):
             tile = found.tiles[number] if number < len(found.tiles) else None
@@ -284,8 +292,10 @@ class Coder:
             z[:, rows, columns] = self.dequantise(header, indices)
         if len(lost) == len(places):
             raise FormatError("damaged beyond rescue: no part of the image is whole")
-        if lost and isinstance(tables, IndexTables):
-            damage.append(f"lost parts are filled with the commonest code of the model, {tables.commonest}")
+        if lost and not isinstance(tables, TableSet):
+            codes = [str(each.commonest) for each in map_tables.of_each_map(tables)]
+            which = "the commonest code of the model" if len(codes) == 1 else "the commonest code of each map"
+            damage.append(f"lost parts are filled with {which}, {' and '.join(codes)}")
         return Rescued(header, z, tuple(lost), tuple(found.chunks), tuple(damage))
 
 
@@ -294,14 +304,14 @@ def _overlap(one: slice, other: slice) -> bool:
 
 
 def _read_tile(
-    tables: TableSet | IndexTables, header: Header, number: int, place: tuple[slice, slice], tile: Tile
+    tables: TableSet | CodeTables, header: Header, number: int, place: tuple[slice, slice], tile: Tile
 ) -> np.ndarray:
     rows, columns = place
     shape = (rows.stop - rows.start, columns.stop - columns.start)
-    if isinstance(tables, IndexTables):
-        indices = tables.decode(tile.mode, tile.payload, shape)
-    else:
+    if isinstance(tables, TableSet):
         indices = tables.decode(tile.mode, tile.payload, shape, header.quality)
+    else:
+        indices = tables.decode(tile.mode, tile.payload, shape)
     if bitstream.tile_check(header, number, indices) != tile.check:
         raise FormatError(f"damaged: the check of tile {number} does not match its latents")
     return indices

@@ -146,12 +146,12 @@ def encode(
     found = batch.find(sources, images.EXTENSIONS, "images")
     items = batch.plan(found, out, bitstream.SUFFIX)
     folder = model_folder.read(model_folder.resolve(model))
-    if folder.codebook_size:
+    if folder.maps:
         given = {"-q": quality, "--target-bpp": target_bpp, "--target-kb": target_kb, "--effort": effort}
         _refuse_for_vq(folder.name, given)
     report, todo = Report.start(launch, items, Existing.of(skip_existing, overwrite), _is_whole)
     facts: dict[str, Any] = {"model": folder.name, "stream_id": folder.stream_id}
-    if target_bpp is None and target_kb is None and not folder.codebook_size:
+    if target_bpp is None and target_kb is None and not folder.maps:
         facts["quality"] = quality = bitstream.DEFAULT_QUALITY if quality is None else quality
     if todo:
         from codec.runtime import Codec  # after the checks: torch takes seconds to import

@@ -145,11 +145,13 @@ class Engine:
         found in float32; of a model with several maps of indices their planes, (C, h, w), see `codec.index_maps`.
         """
         z = self.encode(image)
-        return self._indices(self.model, z) if isinstance(self.model, CodebookModel) else z
+        return self.indices(z) if isinstance(self.model, CodebookModel) else z
 
-    def _indices(self, model: CodebookModel, z: np.ndarray) -> np.ndarray:
+    def indices(self, z: np.ndarray) -> np.ndarray:
+        """Return the codebook indices, (C, h, w) int32, that raw latents of a VQ model become, (D, h, w) float32."""
+        assert isinstance(self.model, CodebookModel), "the others have none"
         with torch.inference_mode():
-            indices: np.ndarray = model.quantise(torch.from_numpy(z)[None].to(self.device)).cpu().numpy()
+            indices: np.ndarray = self.model.quantise(torch.from_numpy(z)[None].to(self.device)).cpu().numpy()
         return indices.astype(np.int32).reshape(-1, *z.shape[1:])  # the batch of one goes, or is the only plane
 
     def posterior(self, image: np.ndarray) -> Posterior:
@@ -170,7 +172,7 @@ class Engine:
         """Return the image of raw latents.
 
         Args:
-            z: (D, h, w) float32, or of a VQModel the indices of `encode_for_coder`; its raw latents are quantised.
+            z: (D, h, w) float32, or of a VQ model the indices of `encode_for_coder`; its raw latents are quantised.
             height: pixels of the image that was encoded.
             width: pixels.
             region: (left, top, width, height) in pixels, inside the image; None = all of it.
@@ -196,7 +198,7 @@ class Engine:
         )
 
     def _vectors(self, model: CodebookModel, z: np.ndarray) -> np.ndarray:
-        indices = z if np.issubdtype(z.dtype, np.integer) else self._indices(model, z)
+        indices = z if np.issubdtype(z.dtype, np.integer) else self.indices(z)
         batch = torch.from_numpy(indices.astype(np.int64)).to(self.device)
         with torch.inference_mode():
             z_q: np.ndarray = model.vectors(batch if len(model.maps) == 1 else batch[None])[0].cpu().numpy()

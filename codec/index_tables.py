@@ -7,7 +7,7 @@ counterpart of `codec.tables`, which is for integer latents. Must not import tor
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -17,6 +17,7 @@ import numpy as np
 from codec import index_coder, index_fitting, packed
 from codec.errors import FormatError, ModelError
 from codec.index_coder import EXPONENT_LIMIT, N_NEIGHBOURS, PRIOR_TOTAL, Layout
+from codec.index_maps import IndexMap
 from codec.limits import MAX_CODES
 
 __all__ = ["MAX_CODES", "IndexMode", "IndexTables", "fit"]
@@ -100,9 +101,19 @@ class IndexTables:
         return int(self.codes.size)
 
     @property
+    def maps(self) -> tuple[IndexMap, ...]:
+        """The one map of a model that these tables are a whole stream's of; see `codec.map_tables`."""
+        return (IndexMap(self.codebook_size, 1),)
+
+    @property
     def commonest(self) -> int:
-        """The code that occurs most often, which stands for lost ones."""
+        """The code that occurs most often."""
         return int(self.codes[int(self.prior.argmax())])
+
+    @property
+    def fill(self) -> np.ndarray:
+        """What stands for lost indices, (1, 1, 1) int32."""
+        return np.full((1, 1, 1), self.commonest, np.int32)
 
     @cached_property
     def layout(self) -> Layout:
@@ -199,11 +210,16 @@ class IndexTables:
         The codebook's vectors are no part of it: they belong to the decoder, which may be trained on alone.
         """
         sha = hashlib.sha256(b"latent-codec stream vq 1")
+        for part in self.hashed():
+            sha.update(part)
+        return sha.hexdigest()[:16]
+
+    def hashed(self) -> Iterator[bytes]:
+        """Yield what a stream id is made of: shape and elements of each array."""
         for name, dtype in _PARTS.items():
             array = getattr(self, name)
-            sha.update(np.array([array.ndim, *array.shape], "<u4").tobytes())
-            sha.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
-        return sha.hexdigest()[:16]
+            yield np.array([array.ndim, *array.shape], "<u4").tobytes()
+            yield np.ascontiguousarray(array, dtype=dtype).tobytes()
 
 
 def fit(grids: Sequence[np.ndarray], codebook: np.ndarray) -> IndexTables:

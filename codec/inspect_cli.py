@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from codec import batch, bitstream, console, matching, model_folder, options, pictures
+from codec import batch, bitstream, console, map_tables, matching, model_folder, options, pictures
 from codec.bitstream import Contents
 from codec.coding import Coder
 from codec.console import Exit
@@ -37,32 +37,44 @@ def info(sources: Files, as_json: Lines = False) -> int:
     """Say what a compressed file holds; needs no model."""
     failures: list[str] = []
     for path, data, contents in _read(sources, failures):
-        header = contents.header
-        modes = {tile.mode for tile in contents.tiles}
-        is_vq = bool(modes & bitstream.CODE_MODES)
-        fields: dict[str, Any] = {
-            "path": str(path),
-            "format_version": bitstream.VERSION,
-            "width": header.width,
-            "height": header.height,
-            "latents": "codebook indices" if is_vq else "integers",
-            "quality": None if is_vq else header.quality,
-            "size_bytes": len(data),
-            "bpp": round(8 * len(data) / (header.width * header.height), 5),
-            "payload_bytes": sum(len(tile.payload) for tile in contents.tiles),
-            "downsampling_factor": header.f,
-            "tiles": header.n_tiles,
-            "tile_side": header.tile,
-            "modes": sorted(_mode_name(mode) for mode in modes),
-            **pictures.describe(contents.chunks),
-            "stream_id": header.stream_id,
-            "decoder_id": header.decoder_id,
-        }
+        try:
+            fields = {"path": str(path), **_describe(data, contents)}
+        except FormatError as exception:  # within a tile
+            failures.append(batch.failure(path, exception))
+            console.error(failures[-1])
+            continue
         if as_json:
             print(json.dumps(fields))
         else:
             print("\n".join(f"{name:20} {_words(value)}" for name, value in fields.items()))
     return Exit.SOME_FAILED if failures else Exit.OK
+
+
+def _describe(data: bytes, contents: Contents) -> dict[str, Any]:
+    """Return what `info` says of a file, but for its path; FormatError: a tile of index maps that does not fit."""
+    header = contents.header
+    modes = {tile.mode for tile in contents.tiles}
+    is_vq = not modes & bitstream.LATENT_MODES
+    maps = [list(map_tables.split(tile.payload)) for tile in contents.tiles if tile.mode == bitstream.MAPS]
+    in_maps = {mode for tile in maps for mode, _ in tile}
+    return {
+        "format_version": bitstream.VERSION,
+        "width": header.width,
+        "height": header.height,
+        "latents": "codebook indices" if is_vq else "integers",
+        **({"index_maps": max(map(len, maps))} if maps else {}),
+        "quality": None if is_vq else header.quality,
+        "size_bytes": len(data),
+        "bpp": round(8 * len(data) / (header.width * header.height), 5),
+        "payload_bytes": sum(len(tile.payload) for tile in contents.tiles),
+        "downsampling_factor": header.f,
+        "tiles": header.n_tiles,
+        "tile_side": header.tile,
+        "modes": sorted(_mode_name(mode) for mode in (modes | in_maps) - {bitstream.MAPS}),
+        **pictures.describe(contents.chunks),
+        "stream_id": header.stream_id,
+        "decoder_id": header.decoder_id,
+    }
 
 
 def _mode_name(mode: int) -> str:
@@ -107,7 +119,7 @@ def models() -> int:
     folders = matching.installed()
     for folder in folders:
         ids = f"stream {','.join(folder.streams)}  decoder {folder.decoder_id}"
-        k = f" k{folder.codebook_size}" if folder.codebook_size else ""
+        k = f" k{'+'.join(str(each.codebook_size) for each in folder.maps)}" if folder.maps else ""
         print(f"{folder.name}  f{folder.f} c{folder.channels}{k}  {ids}  {folder.path}")
     if not folders:
         places = ", ".join(str(place) for place in model_folder.search_path())

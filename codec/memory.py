@@ -62,10 +62,13 @@ def estimate(
         if tiled:
             return _kl_tiled(coder, f, n_pixels, item_bytes, budget_bytes)
         return _kl(network, coder, f, n_pixels, item_bytes)
-    if isinstance(network, AutoencoderDC | TwoLevelVQModel) and tiled:
-        raise ModelError(f"a {type(network).__name__} cannot be run in stripes")
     if isinstance(network, TwoLevelVQModel):
-        return _two_level(network, what, f, n_pixels, item_bytes)
+        inside = _within(network, what, n_pixels // (f // SCALE) ** 2)
+        if tiled:
+            return max(_kl_tiled(coder, f // SCALE, n_pixels, item_bytes, budget_bytes), inside + 3 * n_pixels)
+        return max(_kl(network, coder, f // SCALE, n_pixels, item_bytes), inside)
+    if isinstance(network, AutoencoderDC) and tiled:
+        raise ModelError(f"a {type(network).__name__} cannot be run in stripes")
     if isinstance(network, AutoencoderDC):
         return _dc(network, what, n_pixels, item_bytes)
     if not isinstance(network, AutoencoderTiny):
@@ -101,16 +104,19 @@ def _kl(network: Any, coder: torch.nn.Module, f: int, n_pixels: int, item_bytes:
     return maps + 24 * n_pixels + _CONSTANT
 
 
-def _two_level(network: Any, what: What, f: int, n_pixels: int, item_bytes: int) -> int:
-    """Count the fine level's coder as that of an `AutoencoderKL`, and where it encodes the coarse one's, after it."""
-    fine = f // SCALE
+def _within(network: TwoLevelVQModel, what: What, n_features: int) -> int:
+    """Count what encodes and decodes the coarse level, after the fine one's encoder and whole; nothing to decode.
+
+    Args:
+        network: in float32 there.
+        what: see `estimate`.
+        n_features: positions of the fine level.
+    """
     if what == "decode":
-        return _kl(network, network.decoder, fine, n_pixels, item_bytes)
-    n_features = n_pixels // fine**2
+        return 0
     features: int = network.encoder.conv_out.out_channels * n_features * torch.float32.itemsize
     parts = (network.coarse_encoder, network.coarse_decoder)
-    inside = [_kl(network, part, SCALE, n_features, torch.float32.itemsize) for part in parts]
-    return max(_kl(network, network.encoder, fine, n_pixels, item_bytes), features + max(inside))
+    return features + max(_kl(network, part, SCALE, n_features, torch.float32.itemsize) for part in parts)
 
 
 def _dc(network: Any, what: What, n_pixels: int, item_bytes: int) -> int:

@@ -2,7 +2,7 @@
 
     config.json, diffusion_pytorch_model.safetensors    diffusers' own; `from_pretrained` works as it is
     codec.json, codec.safetensors                       name, ids, statistics; mean, step and integer table sets,
-                                                        or the index tables of a VQ model
+                                                        or the index tables of a VQ model, one for each of its maps
     README.md                                           model card
 
 Reads everything but the weights without torch, so that `codec models` starts fast.
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from safetensors.numpy import load_file, save
 
 from codec.errors import ModelError
 from codec.files import write_atomic
+from codec.index_maps import IndexMap
 from codec.index_tables import IndexTables
+from codec.map_tables import CodeTables, MapTables, describe
 from codec.tables import TableSet
 
 CODEC_JSON = "codec.json"
@@ -150,15 +152,15 @@ class ModelFolder:
     table_sets: Mapping[str, TableSet]
     decoder_id: str
     info: Mapping[str, Any]
-    index_tables: Mapping[str, IndexTables] = field(default_factory=dict)
+    index_tables: Mapping[str, CodeTables] = field(default_factory=dict)
 
     @property
-    def codebook_size(self) -> int | None:
-        """K of a VQ model, whose files hold codebook indices; None for the others."""
-        return next((tables.codebook_size for tables in self.index_tables.values()), None)
+    def maps(self) -> tuple[IndexMap, ...]:
+        """The index maps of a VQ model, whose files hold codebook indices; empty for the others."""
+        return next((tables.maps for tables in self.index_tables.values()), ())
 
     @property
-    def streams(self) -> Mapping[str, TableSet | IndexTables]:
+    def streams(self) -> Mapping[str, TableSet | CodeTables]:
         """All tables by stream id, oldest first."""
         return {**self.table_sets, **self.index_tables}
 
@@ -195,18 +197,19 @@ def read(path: Path) -> ModelFolder:
             advice = ": export the model again with codec-train" if version < FOLDER_VERSION else ""
             raise ModelError(f"{path}: folder version {version}, this program reads {FOLDER_VERSION}{advice}")
         tensors = load_file(path / CODEC_TENSORS)
-        if "codebook_size" in info:
+        maps = _stated_maps(info)
+        if maps:
             mean = step = np.empty(0, np.float32)
         else:
             mean, step = tensors["mean"], tensors["step"]
         table_sets: dict[str, TableSet] = {}
-        index_tables: dict[str, IndexTables] = {}
+        index_tables: dict[str, CodeTables] = {}
         for n, stream_id in enumerate(info["stream_ids"]):
             prefix = f"tables.{n}."
             parts = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            if "codebook_size" in info:
-                index_tables[stream_id] = tables = IndexTables.from_tensors(parts)
-                fits = tables.codebook_size == info["codebook_size"] and tables.digest() == stream_id
+            if maps:
+                index_tables[stream_id] = tables = _index_tables(parts, maps)
+                fits = tables.maps == maps and tables.digest() == stream_id
             else:
                 table_sets[stream_id] = table_set = TableSet.from_tensors(parts)
                 fits = table_set.channels == mean.size and table_set.digest(mean, step) == stream_id
@@ -234,6 +237,22 @@ def read(path: Path) -> ModelFolder:
         raise ModelError(f"{path}: damaged model folder: {type(exception).__name__}: {exception}") from exception
 
 
+def state_maps(maps: Sequence[IndexMap]) -> dict[str, Any]:
+    """Return what codec.json says of a VQ model's index maps: `codebook_size` of a single one, `maps` of several."""
+    return {"codebook_size": maps[0].codebook_size} if len(maps) == 1 else {"maps": [asdict(each) for each in maps]}
+
+
+def _stated_maps(info: Mapping[str, Any]) -> tuple[IndexMap, ...]:
+    """Return what codec.json says of the index maps of a VQ model; of another model nothing."""
+    if "maps" in info:
+        return tuple(IndexMap(**each) for each in info["maps"])
+    return (IndexMap(info["codebook_size"], 1),) if "codebook_size" in info else ()
+
+
+def _index_tables(tensors: Mapping[str, np.ndarray], maps: tuple[IndexMap, ...]) -> CodeTables:
+    return IndexTables.from_tensors(tensors) if len(maps) == 1 else MapTables.from_tensors(tensors, maps)
+
+
 def write(
     path: Path, *, info: Mapping[str, Any], mean: np.ndarray, step: np.ndarray, table_sets: Sequence[TableSet]
 ) -> ModelFolder:
@@ -255,13 +274,14 @@ def write(
     return _write(path, info, tensors, [tables.digest(tensors["mean"], tensors["step"]) for tables in table_sets])
 
 
-def write_vq(path: Path, *, info: Mapping[str, Any], index_tables: Sequence[IndexTables]) -> ModelFolder:
-    """Write codec.json and codec.safetensors into a folder that diffusers has saved a VQ model to.
+def write_vq(path: Path, *, info: Mapping[str, Any], index_tables: Sequence[CodeTables]) -> ModelFolder:
+    """Write codec.json and codec.safetensors into a folder that a VQ model was saved to.
 
     Args:
         path: the folder.
-        info: what codec.json holds besides the ids and codebook_size: at least name, f, latent_channels, decoder_id.
-        index_tables: at least one, of one codebook size, oldest first.
+        info: what codec.json holds besides the ids and codebook_size, or maps: at least name, f, latent_channels,
+            decoder_id.
+        index_tables: at least one, of the same maps, oldest first.
 
     Returns:
         The folder, read back.
@@ -269,7 +289,7 @@ def write_vq(path: Path, *, info: Mapping[str, Any], index_tables: Sequence[Inde
     tensors: dict[str, np.ndarray] = {}
     for n, tables in enumerate(index_tables):
         tensors |= {f"tables.{n}.{part}": tensor for part, tensor in tables.tensors().items()}
-    info = {**info, "codebook_size": index_tables[0].codebook_size}
+    info = {**info, **state_maps(index_tables[0].maps)}
     return _write(path, info, tensors, [tables.digest() for tables in index_tables])
 
 
@@ -282,31 +302,30 @@ def _write(
     return read(path)
 
 
-def add_tables(path: Path, tables: TableSet | IndexTables) -> ModelFolder:
+def add_tables(path: Path, tables: TableSet | CodeTables) -> ModelFolder:
     """Add a table set to a model folder, after a refit: new files use it, and old ones stay readable.
 
     Args:
         path: the folder.
         tables: fitted with the folder's mean and step, see `codec.tables.fit`; of a VQ model, to its codebook, see
-            `codec.index_tables.fit`.
+            `codec.index_tables.fit`, or to each of its codebooks, see `codec.map_tables.fit`.
 
     Returns:
         The folder, read back.
 
     Raises:
-        ModelError: the folder is damaged, or of another number of channels or codebook vectors than the tables.
+        ModelError: the folder is damaged, or of another number of channels or other codebooks than the tables.
         ValueError: it has this table set already.
     """
     folder = read(path)
-    if isinstance(tables, IndexTables):
-        if tables.codebook_size != folder.codebook_size:
-            k = f"a codebook of {folder.codebook_size}" if folder.codebook_size else "no codebook"
-            raise ModelError(f"{path}: {k}, the tables are for one of {tables.codebook_size}")
+    if not isinstance(tables, TableSet):
+        if tables.maps != folder.maps:
+            raise ModelError(f"{path}: {describe(folder.maps)}, the tables are for {describe(tables.maps)}")
         if tables.digest() in folder.index_tables:
             raise ValueError(f"{path}: these tables are in it already")
         return write_vq(path, info=folder.info, index_tables=[*folder.index_tables.values(), tables])
-    if folder.codebook_size:
-        raise ModelError(f"{path}: a codebook of {folder.codebook_size}, the tables are for integer latents")
+    if folder.maps:
+        raise ModelError(f"{path}: {describe(folder.maps)}, the tables are for integer latents")
     if tables.channels != folder.channels:
         raise ModelError(f"{path}: {folder.channels} channels, the tables have {tables.channels}")
     if tables.digest(folder.mean, folder.step) in folder.table_sets:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from codec import bitstream, fast, model_folder, pictures
+from codec import bitstream, fast, map_tables, model_folder, pictures
 from codec.coding import Coder, Settings
 from codec.engine import AUTO, Engine, EngineConfig
 from codec.errors import ModelError
@@ -66,9 +66,9 @@ class Codec:
             settings: how images are coded when `encode` is not told; None = the defaults.
         """
         model = engine.model
-        k = model.codebook_size if isinstance(model, CodebookModel) else None
-        if folder.codebook_size != k:
-            says, has = (f"a codebook of {n}" if n else "no codebook" for n in (folder.codebook_size, k))
+        maps = model.maps if isinstance(model, CodebookModel) else ()
+        if folder.maps != maps:
+            says, has = map_tables.describe(folder.maps), map_tables.describe(maps)
             raise ModelError(f"{folder.path}: codec.json says {says}, the network has {has}: export or import it again")
         if (folder.f, folder.channels) != (model.f, model.channels):
             raise ModelError(
@@ -148,7 +148,7 @@ class Codec:
     @property
     def has_quality(self) -> bool:
         """Whether a quality can be asked for; that of a VQ model is its own."""
-        return self._folder.codebook_size is None
+        return not self._folder.maps
 
     def description(self) -> dict[str, Any]:
         """Return what a report should say about the model, as plain JSON values."""
@@ -157,7 +157,7 @@ class Codec:
             "family": self._folder.info.get("family"),
             "f": self._folder.f,
             "latent_channels": self._folder.channels,
-            **({"effort": self.settings.effort} if self.has_quality else {"codebook_size": self._folder.codebook_size}),
+            **({"effort": self.settings.effort} if self.has_quality else model_folder.state_maps(self._folder.maps)),
             "stream_id": self.stream_id,
             "decoder_id": self.decoder_id,
             **self.engine.description(),
@@ -207,7 +207,7 @@ class Codec:
     def indices(self, data: bytes) -> tuple[bitstream.Header, np.ndarray]:
         """Read header and integer latents, (D, h, w) int32, of a file, every sum checked; no network runs.
 
-        Of a VQ model they are its codebook indices, (1, h, w).
+        Of a VQ model they are its codebook indices, (C, h, w), see `codec.index_maps`.
 
         Raises:
             FormatError: the bytes are damaged.

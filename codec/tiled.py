@@ -16,6 +16,7 @@ from codec.errors import ModelError, NonFiniteError
 from codec.latent_model import LatentModel
 from codec.pixels import to_float, to_uint8
 from codec.rows import KL_STRIPE_BYTES, TINY_STRIPE_BYTES, Convolution, Rows, Stripes
+from codec.two_level import SCALE, TwoLevelModel
 
 Region = tuple[int, int, int, int]
 """(left, top, width, height) in pixels."""
@@ -130,8 +131,12 @@ def _encoded(model: LatentModel, image: np.ndarray, stripes: Stripes, budget_byt
     """Return the rows of the moments (KL) or the latents (Tiny) of an image."""
     network: Any = model.network
     height, width = (-(-side // model.f) * model.f for side in image.shape[:2])
+    if isinstance(model, TwoLevelModel):  # beyond the fine level's factor maps are small, and whole
+        steps = _steps(model.f // SCALE, network.encoder, height * width, stripes, budget_bytes)
+        features = torch.cat(list(tiled_kl.run(steps, _pixels(image, model, stripes), height, stripes)), dim=2)
+        return iter([model.latents(features.to(next(network.parameters()).dtype))])
     if isinstance(network, plan.CLASSES):
-        steps = _steps(model, network.encoder, height * width, stripes, budget_bytes)
+        steps = _steps(model.f, network.encoder, height * width, stripes, budget_bytes)
         rows = tiled_kl.run(steps, _pixels(image, model, stripes), height, stripes)
         if network.quant_conv is not None:
             rows = Convolution(network.quant_conv, stripes.exact).stream(rows, height // model.f)
@@ -146,8 +151,12 @@ def _decoded(
     """Return the first row and column, and the rows, of an image that holds the region."""
     network: Any = model.network
     f = model.f
+    if isinstance(model, TwoLevelModel):
+        steps = _steps(f // SCALE, network.decoder, z[0].size * f * f, stripes, budget_bytes)
+        joined = model.joined(_tensor(z, model).to(next(network.parameters()).dtype))
+        return 0, 0, tiled_kl.run(steps, iter([joined]), joined.shape[2], stripes)
     if isinstance(network, plan.CLASSES):
-        steps = _steps(model, network.decoder, z[0].size * f * f, stripes, budget_bytes)
+        steps = _steps(f, network.decoder, z[0].size * f * f, stripes, budget_bytes)
         rows = iter([_tensor(z, model)])
         if network.post_quant_conv is not None:
             rows = Convolution(network.post_quant_conv, stripes.exact).stream(rows, z.shape[1])
@@ -163,10 +172,10 @@ def _decoded(
 
 
 def _steps(
-    model: LatentModel, coder: torch.nn.Module, n_pixels: int, stripes: Stripes, budget_bytes: int | None
+    f: int, coder: torch.nn.Module, n_pixels: int, stripes: Stripes, budget_bytes: int | None
 ) -> list[plan.Step]:
     most = memory.for_maps(budget_bytes, n_pixels)
-    return plan.fit(plan.read(coder, model.f), n_pixels, stripes.dtype.itemsize, most)
+    return plan.fit(plan.read(coder, f), n_pixels, stripes.dtype.itemsize, most)
 
 
 def _layers(network: torch.nn.Module, part: str) -> list[torch.nn.Module]:
@@ -198,7 +207,7 @@ def _tensor(z: np.ndarray, model: LatentModel) -> torch.Tensor:
 
 def _stripes(model: LatentModel, dtype: torch.dtype | None, n_rows: int | None) -> Stripes:
     dtype = dtype or next(model.network.parameters()).dtype
-    size_bytes = KL_STRIPE_BYTES if isinstance(model.network, plan.CLASSES) else TINY_STRIPE_BYTES
+    size_bytes = TINY_STRIPE_BYTES if isinstance(model.network, AutoencoderTiny) else KL_STRIPE_BYTES
     return Stripes(dtype=dtype, size_bytes=size_bytes, n_rows=n_rows)
 
 

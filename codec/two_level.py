@@ -129,7 +129,10 @@ class TwoLevelVQModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def encode(self, x: torch.Tensor) -> TwoLevelOutput:
         """Return the raw latents of images, (B, C, H, W) in [-1, 1]."""
-        features = self.features(x)
+        return self.latents(self.features(x))
+
+    def latents(self, features: torch.Tensor) -> TwoLevelOutput:
+        """Return the raw latents of `features`."""
         coarse = self.coarse_latents(features)
         return TwoLevelOutput(coarse=coarse, fine=self.fine_latents(features, _snap(coarse, self.coarse_quantize)))
 
@@ -143,8 +146,12 @@ class TwoLevelVQModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         if not force_not_quantize:
             coarse, fine = _snap(coarse, self.coarse_quantize), _snap(fine, self.quantize)
-        joined = torch.cat([fine, self.coarse_upsample(coarse)], dim=1)
-        return DecoderOutput(sample=self.decoder(self.post_quant_conv(joined)))
+        return DecoderOutput(sample=self.decoder(self.joined(coarse, fine)))
+
+    def joined(self, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+        """Return what the decoder takes, (B, C', 2h, 2w), of vectors, see `decode`."""
+        joined: torch.Tensor = self.post_quant_conv(torch.cat([fine, self.coarse_upsample(coarse)], dim=1))
+        return joined
 
     def forward(self, sample: torch.Tensor) -> DecoderOutput:
         """Return the reconstruction of images, (B, C, H, W) in [-1, 1]."""
@@ -196,8 +203,16 @@ class TwoLevelModel(CodebookModel):
 
     def encode(self, x: torch.Tensor) -> Posterior:
         """See `CodebookModel.encode`; the fine latents are those that follow from the quantised coarse ones."""
-        z = self._two.encode(x)
-        return Posterior(self.pack([z.coarse.float(), z.fine.float()]), None)
+        return Posterior(self.latents(self._two.features(x)), None)
+
+    def latents(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the raw latents, (B, D, h, w) float32, of `TwoLevelVQModel.features`."""
+        z = self._two.latents(features)
+        return self.pack([z.coarse.float(), z.fine.float()])
+
+    def joined(self, z_q: torch.Tensor) -> torch.Tensor:
+        """Return what the network's `decoder` takes, (B, C', 2h, 2w), of codebook vectors, (B, D, h, w)."""
+        return self._two.joined(*self.unpack(z_q))
 
     def quantised(self, x: torch.Tensor, quantise: Quantise) -> list[torch.Tensor]:
         """See `CodebookModel.quantised`."""

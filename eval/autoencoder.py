@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from codec import images
 from codec.engine import Engine, EngineConfig
 from codec.errors import ModelError, NonFiniteError, UsageError
+from codec.index_maps import IndexMap, to_grids
 from codec.latent_model import CodebookModel
-from codec.model_folder import CODEC_JSON
+from codec.model_folder import CODEC_JSON, state_maps
 from eval.draws import generator
 from eval.protocol import POSTERIORS
 
@@ -33,18 +33,18 @@ class Reconstruction:
 
     Attributes:
         x_hat: (H, W, 3) uint8.
-        indices: (h, w) int64 codebook indices of a VQ model; None for the others.
+        indices: (h*s, w*s) codebook indices of each index map of a VQ model; empty for the others.
     """
 
     x_hat: np.ndarray
-    indices: np.ndarray | None = None
+    indices: Sequence[np.ndarray] = ()
 
 
 class PngRoundTrip:
     """The identity control: stands where an autoencoder stands, and loses nothing."""
 
     name = "identity (PNG)"
-    codebook_size: int | None = None
+    maps: tuple[IndexMap, ...] = ()
 
     def __call__(self, key: str, x: np.ndarray) -> Reconstruction:
         """Return x, (H, W, 3) uint8, as it comes back from a PNG file."""
@@ -56,7 +56,7 @@ class Autoencoder:
 
     Attributes:
         name: what tables call it.
-        codebook_size: K of a VQ model; None for the others.
+        maps: the index maps of a VQ model; empty for the others.
     """
 
     def __init__(self, name: str, folder: Path, engine: Engine, posterior: str = "mode", seed: int = 0) -> None:
@@ -82,7 +82,7 @@ class Autoencoder:
         self.posterior = posterior
         self.seed = seed
         model = engine.model
-        self.codebook_size = model.codebook_size if isinstance(model, CodebookModel) else None
+        self.maps = model.maps if isinstance(model, CodebookModel) else ()
 
     def __call__(self, key: str, x: np.ndarray) -> Reconstruction:
         """Return the reconstruction of an image.
@@ -94,17 +94,12 @@ class Autoencoder:
         Raises:
             ValueError: values that are not finite, or an image that does not fit into memory: others may fare better.
         """
-        model = self.engine.model
         try:
             z = self.engine.encode(x) if self.posterior == "mode" else self._sample(key, x)
             x_hat = self.engine.decode(z, *x.shape[:2])
         except (ModelError, NonFiniteError) as exception:  # of the model: it cannot be run in tiles
             raise ValueError(f"{self.name}: {exception}") from exception
-        indices = None
-        if isinstance(model, CodebookModel):
-            with torch.inference_mode():
-                indices = model.quantise(torch.from_numpy(z)[None].to(self.engine.device))[0].cpu().numpy()
-        return Reconstruction(x_hat, indices)
+        return Reconstruction(x_hat, to_grids(self.engine.indices(z), self.maps) if self.maps else ())
 
     def _sample(self, key: str, x: np.ndarray) -> np.ndarray:
         engine = self.engine
@@ -129,7 +124,7 @@ class Autoencoder:
             "family": model.family,
             "f": model.f,
             "latent_channels": model.channels,
-            "codebook_size": self.codebook_size,
+            **(state_maps(self.maps) if self.maps else {"codebook_size": None}),
             "scaling_factor": model.scaling_factor,
             "shift_factor": model.shift_factor,
             "n_parameters": sum(parameter.numel() for parameter in model.network.parameters()),

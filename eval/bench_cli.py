@@ -115,14 +115,11 @@ def table(result: Mapping[str, Any]) -> list[str]:
 def coder_table(result: Mapping[str, Any]) -> list[str]:
     """Return the lines to print for a result of `eval.bench_coder.run`."""
     lines = [f"{result['model']}: {result['n_images']} images; milliseconds for 24,576 latents", ""]
-    if "codebook_size" in result:
-        (row,) = result["rows"]
-        entropy = row["entropy_bytes"]
-        lines.insert(
-            1, f"{row['n_latents']} indices of {result['codebook_size']}; their own entropy {entropy:.0f} bytes"
-        )
     lines.append(_line("", "quality", "bytes", "ideal", "encode ms", "decode ms"))
     for row in result["rows"]:
+        if "entropy_bytes" in row:
+            own = f"their own entropy {row['entropy_bytes']:.0f} bytes"
+            lines.append(f"{row['n_latents']} indices of {row['codebook_size']}; {own}")
         for mode, ms in row["ms"].items():
             size, ideal = row[f"{mode}_bytes"], row[f"ideal_{mode}_bytes"]
             cells = (_quality(row), str(size), f"{ideal:.0f}", f"{ms['encode']:.3g}", f"{ms['decode']:.3g}")

@@ -1,7 +1,7 @@
 """The entropy coder alone: bytes of each mode, ideal code lengths, times, and what the encoder's effort saves.
 
 images -> raw latents (the network runs once) -> indices -> raw, static, context -> rows, plain JSON values
-          VQ: codebook indices -> fixed, static, adaptive, context -> one row
+          VQ: codebook indices -> fixed, static, adaptive, context -> one row for each index map
 """
 
 import time
@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from codec import Codec, effort, images, model_folder, tables
+from codec.index_maps import to_grids
 from codec.index_tables import IndexMode, IndexTables
-from codec.model_folder import ModelFolder
+from codec.map_tables import of_each_map
+from codec.model_folder import ModelFolder, state_maps
 from codec.tables import Mode, TableSet
 
 N_TIMED = 24_576  # latents that times are given for: a 512 x 768 image at f8 with 4 channels
@@ -37,7 +39,7 @@ def run(
         `static_bytes`, `context_bytes`, `chosen_bytes`, the `ideal` code length of each mode in bytes, `ms` of process
         time to encode and decode 24,576 latents in each mode, `mse`, the mean squared error of latents in steps, and
         for each effort level bytes, mse, ms, and `saving`: bytes at the mse of the nearest indices, see `_saving`.
-        Of a VQ model one row, see `_vq_row`, whose `quality` is None.
+        Of a VQ model a row for each index map, see `_vq_row`, whose `quality` is None.
 
     Raises:
         ModelError: the model cannot be read.
@@ -46,9 +48,11 @@ def run(
     codec = Codec.load(folder)
     model = model_folder.read(codec.folder)
     about = {"model": model.name, "stream_id": model.stream_id, "n_images": len(paths)}
-    if model.codebook_size:
-        codes = [codec.engine.encode_for_coder(images.load(path)) for path in paths]
-        return {**about, "codebook_size": model.codebook_size, "rows": [_vq_row(model, codes)]}
+    if model.maps:
+        codes = [to_grids(codec.engine.encode_for_coder(images.load(path)), model.maps) for path in paths]
+        tables_and_grids = zip(of_each_map(model.index_tables[model.stream_id]), *codes, strict=True)
+        rows = [_vq_row(own, [grid[None] for grid in grids]) for own, *grids in tables_and_grids]
+        return {**about, **state_maps(model.maps), "rows": rows}
     grids = [codec.latents(images.load(path)) for path in paths]
     rows = [_row(model, grids, quality) for quality in qualities]
     by_mse = sorted((row["mse"], row["ideal_context_bytes"]) for row in rows)
@@ -57,16 +61,16 @@ def run(
     return {**about, "rows": rows}
 
 
-def _vq_row(model: ModelFolder, grids: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Measure the modes of codebook indices, (1, h, w) each: bytes, ideal code length in bytes, and ms as in `run`.
+def _vq_row(index_tables: IndexTables, grids: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Measure the modes of the indices of one map, (1, h, w) each: bytes, ideal code length in bytes, ms as in `run`.
 
     `entropy_bytes` is the order-0 entropy of these images' own indices: what static tables made for them would give.
     """
-    index_tables = model.index_tables[model.stream_id]
     n_latents = sum(grid.size for grid in grids)
     counts = np.bincount(np.concatenate([grid.reshape(-1) for grid in grids]))
     p = counts[counts > 0] / n_latents
-    row: dict[str, Any] = {"quality": None, "n_latents": n_latents, "ms": {}, "effort": {}}
+    row: dict[str, Any] = {"quality": None, "codebook_size": index_tables.codebook_size}
+    row |= {"n_latents": n_latents, "ms": {}, "effort": {}}
     row["entropy_bytes"] = float(-(p * np.log2(p)).sum()) * n_latents / 8
     sizes = []
     for mode in IndexMode:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from codec.files import Source
+from codec.index_maps import IndexMap
 from codec.launch import Launch
 from eval import bootstrap, control, distribution
 from eval.autoencoder import PADDING, PngRoundTrip, Reconstruction, posterior_text
@@ -42,7 +43,7 @@ class Reconstructor(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def codebook_size(self) -> int | None: ...
+    def maps(self) -> tuple[IndexMap, ...]: ...
     def __call__(self, key: str, x: np.ndarray) -> Reconstruction: ...
 
 
@@ -83,24 +84,24 @@ class _Tally:
 
     Attributes:
         distribution: metrics of the whole set; None = none.
-        counts: (K,) int64, how often each codebook vector was chosen; None without a codebook.
+        counts: for each index map (K,) int64, how often each codebook vector was chosen; empty without a codebook.
     """
 
     distribution: DistributionMetrics | None
-    counts: np.ndarray | None
+    counts: list[np.ndarray]
 
     def add(self, key: str, x: np.ndarray, found: Reconstruction) -> None:
         if self.distribution is not None:
             self.distribution.update(key, x, found.x_hat)
-        if self.counts is not None and found.indices is not None:
-            self.counts += np.bincount(found.indices.ravel(), minlength=len(self.counts))
+        for counts, grid in zip(self.counts, found.indices, strict=True):
+            counts += np.bincount(grid.ravel(), minlength=len(counts))
 
     def gather(self, launch: Launch) -> None:
         """Make it that of all ranks together, on every rank."""
         if self.distribution is not None:
             self.distribution.merge(launch.gather(self.distribution.state()))
-        if self.counts is not None:
-            self.counts = np.sum(launch.gather(self.counts), axis=0)
+        if self.counts:
+            self.counts = [np.sum(every, axis=0) for every in zip(*launch.gather(self.counts), strict=True)]
 
 
 def run_recon(
@@ -190,7 +191,7 @@ def _measure(
     tallies = [
         _Tally(
             DistributionMetrics(how.network) if how.network else None,
-            np.zeros(model.codebook_size, np.int64) if model.codebook_size else None,
+            [np.zeros(each.codebook_size, np.int64) for each in model.maps],
         )
         for model in models
     ]
@@ -224,7 +225,10 @@ def _entry(model: Model, rows: list[Row], tally: _Tally) -> dict[str, Any]:
     about = tally.distribution.about() if tally.distribution else {"warnings": []}
     entry["distribution_counts"] = {key: value for key, value in about.items() if key.startswith("n_")}
     entry["distribution_warnings"] = about["warnings"]
-    entry["codebook"] = None if tally.counts is None else codebook(tally.counts)
+    books = [codebook(counts) for counts in tally.counts]
+    entry["codebook"] = books[0] if len(books) == 1 else None
+    if len(books) > 1:
+        entry["codebooks"] = books
     entry["rows"] = rows
     return entry
 

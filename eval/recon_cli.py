@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -255,6 +256,7 @@ def _partial_means(result: Mapping[str, Any]) -> Iterator[str]:
 def _lines(models: Sequence[Mapping[str, Any]], network: str | None) -> Iterator[tuple[str, list[str]]]:
     from eval.distribution import SET_METRICS
     from eval.metrics import KNOWN
+    from eval.results import codebooks
 
     for key in models[0]["means"]:
         metric = KNOWN[key]
@@ -268,10 +270,10 @@ def _lines(models: Sequence[Mapping[str, Any]], network: str | None) -> Iterator
             f"{metric.label} ({network})",
             [_value(model["distribution"][metric.key], metric.digits) for model in models],
         )
-    books = [model["codebook"] for model in models]
-    if any(books):
-        yield "codebook: used of", [f"{book['n_used']} of {book['size']}" if book else "-" for book in books]
-        yield "codebook: perplexity", [_value(book["perplexity"], 1) if book else "-" for book in books]
+    for n, books in enumerate(zip_longest(*map(codebooks, models))):
+        which = "codebook" if n == 0 else f"codebook {n + 1}"
+        yield f"{which}: used of", [f"{book['n_used']} of {book['size']}" if book else "-" for book in books]
+        yield f"{which}: perplexity", [_value(book["perplexity"], 1) if book else "-" for book in books]
 
 
 def _value(value: float | None, digits: int) -> str:

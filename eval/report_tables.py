@@ -7,6 +7,7 @@ from typing import Any
 from eval.curves import shown_digits, shown_unit
 from eval.metrics import METRICS, Metric
 from eval.report_pictures import Worst
+from eval.results import codebooks
 
 NOT_THERE = "n/a"
 
@@ -144,7 +145,11 @@ def _means(result: Mapping[str, Any]) -> Iterator[Table]:
             for model in models
         ]
         yield Table("Sets of images", ["model", *keys], rows, "Of all images together.")
-    books = [(model["name"], model["codebook"]) for model in models if model.get("codebook")]
+    books = [
+        (model["name"] if n == 0 else f"{model['name']}, index map {n + 1}", book)
+        for model in models
+        for n, book in enumerate(codebooks(model))
+    ]
     if books:
         keys = list(books[0][1])
         rows = [Row([Cell(name), *(Cell(_value(book[key])) for key in keys)]) for name, book in books]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def header(kind: str, command: str) -> dict[str, Any]:
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def codebooks(model: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return how the codebook of each index map is used, of a model in recon.json; empty without a codebook."""
+    return model.get("codebooks") or [book for book in [model.get("codebook")] if book]
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from codec import bitstream, index_tables, model_folder, pictures, tables
+from codec import bitstream, index_tables, map_tables, model_folder, pictures, tables
 from codec.bitstream import Header, Tile
 from codec.coding import Coder, Settings
 from codec.files import write_atomic
+from codec.index_maps import IndexMap, to_grids, to_planes
 from codec.index_tables import IndexMode
 from codec.pictures import Picture
 from codec.tables import Mode
@@ -21,6 +22,7 @@ GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 DECODER_ID = "0123456789abcdef"
 CHANNELS, F = 2, 4
 K = 20
+MAPS = (IndexMap(K, 1), IndexMap(12, 2))
 
 
 def smooth(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
@@ -88,6 +90,27 @@ def remake_vq(folder: Path) -> None:
     write(folder, coder, "vq-every-code", every, Settings(modes=(IndexMode.CONTEXT,)))
 
 
+def remake_maps(folder: Path) -> None:
+    """Write tables of two index maps, files of them, and the planes of their indices."""
+    rng = np.random.default_rng(2)
+    codebooks = [rng.normal(size=(each.codebook_size, CHANNELS)) * 3 + np.array([1.0, -2.0]) for each in MAPS]
+
+    def indices(h: int, w: int) -> np.ndarray:
+        fine = smooth(rng, 2 * h, 2 * w)
+        levels = (fine.reshape(CHANNELS, h, 2, w, 2).mean(axis=(2, 4)), fine)
+        return to_planes([nearest(z, vectors)[0] for z, vectors in zip(levels, codebooks, strict=True)])
+
+    grids = zip(*(to_grids(indices(32, 32), MAPS) for _ in range(8)), strict=True)
+    info = {"name": "golden-maps", "family": "vq", "f": F, "latent_channels": 5 * CHANNELS, "decoder_id": DECODER_ID}
+    path = folder / "maps-model"
+    path.mkdir(parents=True, exist_ok=True)
+    fitted = map_tables.fit(MAPS, list(grids), codebooks)
+    coder = Coder(model_folder.write_vq(path, info=info, index_tables=[fitted]), DECODER_ID)
+    write(folder, coder, "maps-context", indices(11, 17), Settings(modes=(IndexMode.CONTEXT,)))
+    write(folder, coder, "maps-tiles", indices(10, 9), Settings(tile=4))
+    write(folder, coder, "maps-one-pixel", indices(1, 1), Settings(), width=1, height=1)
+
+
 def nearest(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     """Return the codes of (D, h, w) latents, (1, h, w) int32."""
     distance = ((z[:, None] - codebook.T[:, :, None, None]) ** 2).sum(axis=0)
@@ -119,3 +142,4 @@ def save(folder: Path, name: str, data: bytes, indices: np.ndarray) -> None:
 if __name__ == "__main__":
     remake(GOLDEN)
     remake_vq(GOLDEN)
+    remake_maps(GOLDEN)

@@ -28,10 +28,16 @@ def vq_coder() -> Coder:
     return Coder(folder, folder.decoder_id)
 
 
+@pytest.fixture(scope="module")
+def maps_coder() -> Coder:
+    folder = model_folder.read(GOLDEN / "maps-model")
+    return Coder(folder, folder.decoder_id)
+
+
 def fill(coder: Coder) -> np.ndarray:
     """Return what stands where a tile is lost."""
-    if coder.folder.codebook_size:
-        return np.array([[[coder.folder.index_tables[coder.folder.stream_id].commonest]]])
+    if coder.folder.maps:
+        return coder.folder.index_tables[coder.folder.stream_id].fill
     return coder.folder.mean[:, None, None]
 
 
@@ -91,6 +97,12 @@ def test_some_flipped_bits_and_truncations_of_codebook_indices(vq_coder: Coder, 
 def test_some_flipped_bits_and_truncations_of_many_tiles_of_codebook_indices(vq_coder: Coder) -> None:
     outcomes = flip_and_cut(vq_coder, "vq-tiles", every=17)
     assert sum(outcome != "refused" for outcome in outcomes) >= len(outcomes) / 2
+
+
+@pytest.mark.parametrize(("name", "every"), [("maps-one-pixel", 1), ("maps-context", 97), ("maps-tiles", 61)])
+def test_some_flipped_bits_and_truncations_of_index_maps(maps_coder: Coder, name: str, every: int) -> None:
+    outcomes = flip_and_cut(maps_coder, name, every)
+    assert sum(outcome != "refused" for outcome in outcomes) >= (len(outcomes) / 2 if name == "maps-tiles" else 1)
 
 
 def test_some_flipped_bits_and_truncations_of_a_file_of_many_tiles(coder: Coder) -> None:
@@ -159,6 +171,12 @@ def test_random_mutations_are_refused_or_named(coder: Coder) -> None:
 
 def test_random_mutations_of_codebook_indices_are_refused_or_named(vq_coder: Coder) -> None:
     most_bytes, slowest_s = mutate(vq_coder, 150, "vq-*.lcx")
+    assert most_bytes < 300e6
+    assert slowest_s < 20
+
+
+def test_random_mutations_of_index_maps_are_refused_or_named(maps_coder: Coder) -> None:
+    most_bytes, slowest_s = mutate(maps_coder, 40, "maps-*.lcx")
     assert most_bytes < 300e6
     assert slowest_s < 20
 

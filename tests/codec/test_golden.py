@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from codec import bitstream, model_folder, pictures
+from codec import bitstream, map_tables, model_folder, pictures
 from codec.bitstream import Tile
 from codec.coding import Coder
 from codec.errors import FormatError
+from codec.index_maps import to_grids
 from codec.index_tables import IndexMode, IndexTables
+from codec.map_tables import MapTables
 from codec.tables import Mode, TableSet
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("v1-*.lcx"))
 OF_INDICES = sorted(GOLDEN.glob("vq-*.lcx"))
+OF_MAPS = sorted(GOLDEN.glob("maps-*.lcx"))
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,12 @@ def vq_coder() -> Coder:
     return Coder(folder, folder.decoder_id)
 
 
+@pytest.fixture(scope="module")
+def maps_coder() -> Coder:
+    folder = model_folder.read(GOLDEN / "maps-model")
+    return Coder(folder, folder.decoder_id)
+
+
 def test_there_is_a_file_of_every_mode() -> None:
     modes = {tile.mode for path in FILES for tile in bitstream.unpack(path.read_bytes()).tiles}
     assert modes == {*Mode}
@@ -39,6 +48,8 @@ def test_there_is_a_file_of_every_mode() -> None:
     modes = {tile.mode for path in OF_INDICES for tile in bitstream.unpack(path.read_bytes()).tiles}
     assert modes == {*IndexMode}
     assert len(OF_INDICES) == 7
+    assert {tile.mode for path in OF_MAPS for tile in bitstream.unpack(path.read_bytes()).tiles} == {bitstream.MAPS}
+    assert len(OF_MAPS) == 3
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -72,6 +83,25 @@ def test_a_golden_file_of_codebook_indices_reads_and_codes_to_its_bytes(vq_coder
         part = expected[:, rows, columns]
         mode, payload = tables.encode(part, (IndexMode(contents.tiles[number].mode),))
         again.append(Tile(mode, bitstream.tile_check(header, number, part), payload))
+    assert bitstream.pack(header, again, contents.chunks) == data
+
+
+@pytest.mark.parametrize("path", OF_MAPS, ids=lambda path: path.stem)
+def test_a_golden_file_of_index_maps_reads_and_codes_to_its_bytes(maps_coder: Coder, path: Path) -> None:
+    data = path.read_bytes()
+    contents = bitstream.unpack(data)
+    expected = np.load(path.with_suffix(".npy"))
+    np.testing.assert_array_equal(maps_coder.read(contents), expected)
+    header, tables = contents.header, maps_coder.tables(contents.header)
+    assert isinstance(tables, MapTables)
+    again = []
+    for number, (rows, columns) in enumerate(header.tiles()):
+        part, payload = expected[:, rows, columns], b""
+        modes = [mode for mode, _ in map_tables.split(contents.tiles[number].payload)]
+        for own, grid, mode in zip(tables.tables, to_grids(part, tables.maps), modes, strict=True):
+            body = own.encode(grid[None], (IndexMode(mode),))[1]
+            payload += bytes([mode]) + bitstream.varint(len(body)) + body
+        again.append(Tile(bitstream.MAPS, bitstream.tile_check(header, number, part), payload))
     assert bitstream.pack(header, again, contents.chunks) == data
 
 

@@ -13,6 +13,7 @@ import pytest
 from codec import bitstream, index_tables, model_folder, rangecoder
 from codec.errors import FormatError, ModelError
 from codec.index_tables import IndexMode, IndexTables
+from codec.map_tables import MapTables
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -267,4 +268,24 @@ def test_a_reader_written_after_the_format_reads_the_golden_files(name: str) -> 
     (tile,) = bitstream.unpack((GOLDEN / f"vq-{name}.lcx").read_bytes()).tiles
     expected = np.load(GOLDEN / f"vq-{name}.npy")
     tables = folder.index_tables[folder.stream_id]
+    assert isinstance(tables, IndexTables)
     np.testing.assert_array_equal(read_by_the_book(tables, tile.mode, tile.payload, 11, 17), expected[0])
+
+
+def test_a_reader_written_after_the_format_reads_a_golden_file_of_two_index_maps() -> None:
+    """Its first tile, of 4 x 4 latents: FORMAT.md 5.6, and the planes of section 1."""
+    folder = model_folder.read(GOLDEN / "maps-model")
+    payload = bitstream.unpack((GOLDEN / "maps-tiles.lcx").read_bytes()).tiles[0].payload
+    expected = np.load(GOLDEN / "maps-tiles.npy")[:, :4, :4]
+    stream = folder.index_tables[folder.stream_id]
+    assert isinstance(stream, MapTables)
+    plane = 0
+    for scale, tables in zip((1, 2), stream.tables, strict=True):
+        mode, size = payload[0], payload[1]  # no length here takes a second byte
+        body, payload = payload[2 : 2 + size], payload[2 + size :]
+        grid = read_by_the_book(tables, mode, body, 4 * scale, 4 * scale)
+        for y, x in np.ndindex(grid.shape):
+            where = (plane + y % scale * scale + x % scale, y // scale, x // scale)
+            assert grid[y, x] == expected[where]
+        plane += scale**2
+    assert payload == b""

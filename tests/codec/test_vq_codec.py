@@ -16,7 +16,8 @@ from codec.cli import main
 from codec.coding import Settings
 from codec.engine import Engine, EngineConfig
 from codec.errors import ModelError, UsageError
-from codec.index_tables import IndexMode
+from codec.index_maps import IndexMap
+from codec.index_tables import IndexMode, IndexTables
 from codec.latent_model import load_latent_model
 from codec.pixels import to_float, to_uint8
 from codec.tables import Mode
@@ -171,6 +172,7 @@ def test_salvage_names_what_is_lost_and_fills_it_with_the_commonest_code(codec: 
     picture, damage = codec.rescue(bytes(data))
     assert picture.pixels.shape == (64, 64, 3)
     tables = codec.coder.folder.index_tables[codec.stream_id]
+    assert isinstance(tables, IndexTables)
     assert any(f"the commonest code of the model, {tables.commonest}" in line for line in damage)
     assert "lost: x 32..63, y 0..31" in damage
     z = codec.coder.rescue(bytes(data)).z
@@ -261,7 +263,7 @@ def test_cells_of_finite_scalar_quantisation_are_coded_as_codes(tmp_path: Path) 
     measured = adopt.measure_indices(model, [photo(32, 32, n) for n in range(4)], 4)
     assert measured is not None
     folder = adopt.write_vq(tmp_path, model, measured, {"name": "cells"})
-    assert (folder.name, folder.codebook_size) == ("cells", 120)
+    assert (folder.name, folder.maps) == ("cells", (IndexMap(120, 1),))
     codec, image = Codec.load(tmp_path, "cpu", dtype="float32"), photo(40, 36, seed=8)
     with torch.no_grad():
         expected = model.indices(to_float(image)[None])[0]
@@ -292,7 +294,7 @@ def test_adoption_fits_index_tables_and_writes_nothing(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     folder = adopt.adopt(tmp_path / "vae", [photo(70, 50, n) for n in range(3)], 3)
     assert sorted(tmp_path.rglob("*")) == before
-    assert (folder.name, folder.codebook_size, folder.f) == (tmp_path.name, 32, 2)
+    assert (folder.name, folder.maps, folder.f) == (tmp_path.name, (IndexMap(32, 1),), 2)
     codec, image = Codec.load(folder, "cpu", dtype="float32"), photo(33, 21)
     np.testing.assert_array_equal(codec.decode(codec.encode(image)), codec.reconstruct(image))
     with pytest.raises(UsageError, match="no training image of at least 2 x 2"):
@@ -317,7 +319,7 @@ def test_a_refit_adds_tables_and_old_files_stay_readable(codec: Codec, vq_dir: P
     np.testing.assert_array_equal(after.indices(data)[1], codec.indices(data)[1])
     with pytest.raises(ValueError, match="already"):
         model_folder.add_tables(tmp_path / "m", refitted)
-    with pytest.raises(ModelError, match="a codebook of 32, the tables are for one of 31"):
+    with pytest.raises(ModelError, match="a codebook of 32, the tables are for a codebook of 31"):
         model_folder.add_tables(tmp_path / "m", index_tables.fit([np.zeros((2, 2), int)], codebook[:31]))
 
 
@@ -328,7 +330,7 @@ def test_folders_and_networks_that_do_not_belong_together_are_refused(
     latent = model_folder.read(model_dir)
     with pytest.raises(ModelError, match="a codebook of 32, the tables are for integer latents"):
         model_folder.add_tables(shutil.copytree(vq_dir, tmp_path / "a"), latent.table_sets[latent.stream_id])
-    with pytest.raises(ModelError, match="no codebook, the tables are for one of 32"):
+    with pytest.raises(ModelError, match="no codebook, the tables are for a codebook of 32"):
         model_folder.add_tables(shutil.copytree(model_dir, tmp_path / "b"), base.index_tables[base.stream_id])
     vq_network(k=33).save_pretrained(tmp_path / "a")
     with pytest.raises(ModelError, match="says a codebook of 32, the network has a codebook of 33"):

@@ -1,4 +1,4 @@
-"""A tiny VQModel with fitted index tables, for tests."""
+"""Tiny VQ models with fitted index tables, for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,24 @@ import torch
 from diffusers import VQModel
 
 from codec import adopt
-from codec.latent_model import CodebookModel
+from codec.latent_model import CodebookModel, TwoLevelModel
+from tests.codec.two_level_models import two_level_network
 from tests.conftest import photo
 
 
 def make_vq(path: Path, seed: int = 0, k: int = 32, **more: Any) -> Path:
     """Write the model folder of a tiny VQModel (f2) with random weights and fitted tables; return the folder."""
-    network = vq_network(seed, k, **more)
+    return _with_tables(path, CodebookModel(vq_network(seed, k, **more)))
+
+
+def make_two_level(path: Path, seed: int = 0, **more: Any) -> Path:
+    """Write the model folder of a tiny TwoLevelVQModel (f4, two index maps) in the same way; return the folder."""
+    return _with_tables(path, TwoLevelModel(two_level_network(seed, **more)))
+
+
+def _with_tables(path: Path, model: CodebookModel) -> Path:
+    network: Any = model.network
     network.save_pretrained(path)
-    model = CodebookModel(network)
     measured = adopt.measure_indices(model, [photo(64, 64, seed=n) for n in range(6)], 6)
     assert measured is not None
     adopt.write_vq(path, model, measured)

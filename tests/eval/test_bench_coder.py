@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from codec import images
+from codec import bitstream, images
 from codec.runtime import Codec
 from eval import bench_coder
+from eval.bench_cli import coder_table
 from eval.cli import main
-from tests.codec.vq_models import make_vq
+from tests.codec.vq_models import make_two_level, make_vq
 from tests.conftest import photo
 
 
@@ -52,6 +53,22 @@ def test_the_modes_of_codebook_indices_are_measured_as_they_code(tmp_path: Path)
     assert row["ideal_fixed_bytes"] == row["n_latents"] * 5 / 8
     assert row["context_bytes"] < row["entropy_bytes"] < row["fixed_bytes"]
     assert row["chosen_bytes"] <= min(row[f"{mode}_bytes"] for mode in modes)
+
+
+def test_index_maps_are_measured_one_by_one(tmp_path: Path) -> None:
+    folder, path = make_two_level(tmp_path / "two"), tmp_path / "a.png"
+    path.write_bytes(images.save_png(photo(40, 56)))
+    result = json.loads(json.dumps(bench_coder.run(folder, [path], [])))
+    assert result["maps"] == [{"codebook_size": 20, "scale": 1}, {"codebook_size": 32, "scale": 2}]
+    assert [(row["codebook_size"], row["n_latents"]) for row in result["rows"]] == [(20, 140), (32, 560)]
+    shown = coder_table(result)
+    for row in result["rows"]:
+        assert row["chosen_bytes"] == min(row[f"{mode}_bytes"] for mode in row["ms"])
+        assert any(line.startswith(f"{row['n_latents']} indices of {row['codebook_size']}; ") for line in shown)
+    payload = bitstream.unpack(Codec.load(folder).encode(photo(40, 56))).tiles[0].payload
+    assert len(payload) == sum(row["chosen_bytes"] for row in result["rows"]) + 2 + 2 + sum(
+        row["chosen_bytes"] > 127 for row in result["rows"]
+    )
 
 
 def test_savings_are_those_at_equal_error() -> None:

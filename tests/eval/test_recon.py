@@ -20,10 +20,13 @@ from torchvision.models import squeezenet1_0
 from codec import images
 from codec.engine import EngineConfig
 from codec.errors import ModelError, UsageError
+from codec.latent_model import TwoLevelModel, latent_model
 from eval import autoencoder
 from eval.autoencoder import load_all, names_of, noise
 from eval.cli import main
 from eval.recon import codebook
+from eval.results import codebooks
+from tests.codec.two_level_models import two_level_network
 from tests.conftest import make_model, photo
 
 FEW = ["--metrics", "psnr,ssim"]
@@ -123,6 +126,28 @@ def test_numbers_are_those_of_diffusers_itself(
     p = counts[counts > 0] / counts.sum()
     assert book["perplexity"] == pytest.approx(math.exp(-sum(p * np.log(p))))
     assert 1 < book["perplexity"] < book["n_used"] <= 32
+
+
+def test_the_codebook_of_each_index_map_is_counted_and_shown(
+    model_dir: Path, photo_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    two_level_network().save_pretrained(tmp_path / "two")
+    models = [model_dir, tmp_path / "two"]
+    assert run(*models, "--data", photo_folder, "--protocol", "folder-48", *FEW, "-o", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    first, second = read(tmp_path / "out")["models"]
+    assert (codebooks(first), second["codebook"]) == ([], None)
+    coarse, fine = codebooks(second)
+    assert [(book["size"], book["n_indices"]) for book in (coarse, fine)] == [(20, 3 * 12 * 12), (32, 3 * 24 * 24)]
+    x = [floats(centre(photo_folder / name, 48)) for name in ("a.png", "sub/b.png", "sub/c.png")]
+    model = latent_model(two_level_network())
+    assert isinstance(model, TwoLevelModel)
+    with torch.no_grad():
+        planes = torch.cat([model.indices(each) for each in x])
+    assert coarse["n_used"] == planes[:, 0].unique().numel()
+    assert fine["n_used"] == planes[:, 1:].unique().numel()
+    assert f"{coarse['n_used']} of 20" in shown
+    assert f"{fine['n_used']} of 32" in shown
 
 
 def test_means_spread_and_the_two_ways_to_average_psnr(model_dir: Path, photo_folder: Path, tmp_path: Path) -> None:

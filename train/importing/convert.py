@@ -146,7 +146,7 @@ def _finish(
     tables = adopt(folder, fitted.read(), len(fitted), device)
     statistics = tables.info["statistics"]
     settings: dict[str, Any] = {"shift_factor": network.config.get("shift_factor") or 0.0}
-    if tables.codebook_size and not source.scaling_from:
+    if tables.maps and not source.scaling_from:
         info["imported"]["scaling_from"] = _VQ_SCALING
     elif not source.scaling_from:
         shift = measured_shift(network, statistics["global_mean"])
@@ -162,7 +162,7 @@ def _finish(
         "shift_factor": model.shift_factor,
         "tables": fitted.describe(),
     }
-    if tables.codebook_size:
+    if tables.maps:
         written = model_folder.write_vq(folder, info=info, index_tables=list(tables.index_tables.values()))
     else:
         written = model_folder.write(

@@ -83,7 +83,7 @@ def export_codebook_model(
     model = _model(network)  # with the new normalisation
     info = model_info(model, config, record, (len(training), len(validation)))
     info |= {"codebook_size": model.codebook_size, "quantiser": _quantiser(model, config)}
-    info |= {"statistics": measured.summary.to_json(), "codebook": measured.usage()}
+    info |= {"statistics": measured.summary.to_json(), **measured.about()}
     _store(out, config, model, measured, info, coded=image.plain)
     figures = _figures(model, out, validation, image, bad) | {"n_bad_samples": len(bad)}
     figures["static_bpp"] = _static_bpp(measured, figures.pop("counts"), model.f)
@@ -164,4 +164,4 @@ def _figures(
 
 def _static_bpp(measured: MeasuredIndices, held_out: CodeCounts, f: int) -> float | None:
     """Return the bits per pixel of held-out indices under the frequencies of the training's; None without any."""
-    return held_out.bits_under(CodeCounts(measured.counts)) / f**2 if held_out.n_tokens else None
+    return held_out.bits_under(CodeCounts(measured.counts[0])) / f**2 if held_out.n_tokens else None
