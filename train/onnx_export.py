@@ -79,12 +79,18 @@ def check_onnx(network: nn.Module) -> None:
         ModelError: of a class that is not exported; says why.
         UsageError: see `check_packages`.
     """
-    if not isinstance(network, AutoencoderKL | AutoencoderTiny):
-        name = type(network).__name__
-        why = ": its decoder looks indices up in the codebook, which other programs do in their own ways"
-        coded = isinstance(network, VQModel | TwoLevelVQModel)
-        raise ModelError(f"ONNX: a {name}; only AutoencoderKL and AutoencoderTiny are exported{why * coded}")
+    if why := no_onnx(network):
+        raise ModelError(f"ONNX: {why}")
     check_packages()
+
+
+def no_onnx(network: nn.Module) -> str:
+    """Say why a network is not exported; empty where it is."""
+    if isinstance(network, AutoencoderKL | AutoencoderTiny):
+        return ""
+    why = ": its decoder looks indices up in the codebook, which other programs do in their own ways"
+    coded = isinstance(network, VQModel | TwoLevelVQModel)
+    return f"a {type(network).__name__}; only AutoencoderKL and AutoencoderTiny are exported{why * coded}"
 
 
 def check_packages() -> None:

@@ -1,17 +1,28 @@
 """VQ models of two levels in training: gradients, the two codebooks, runs, export, what cannot be had."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from codec.latent_model import TwoLevelModel, latent_model
+from codec import facts, model_folder
+from codec.latent_model import TwoLevelModel, latent_model, load_latent_model
+from codec.pixels import to_float, to_uint8
+from codec.runtime import Codec
+from codec.shards import read_index
 from tests.train.conftest import tiny_trainer
 from train.averaging import averaged
+from train.checkpoint import Checkpoints, compare, load
+from train.cli import main
 from train.config import Config, ModelConfig
+from train.data import split, whole_images
 from train.loss_config import HealthConfig, KLConfig
 from train.module import AutoencoderModule, Draws
 from train.networks import build_network
@@ -234,3 +245,185 @@ def test_a_step_logs_both_levels_apart_and_learns_both_codebooks(shards: Path, t
     assert values["coarse_codebook_perplexity"] != values["codebook_perplexity"]
     for old, weight in zip(before, latent_model(module.network).codebooks, strict=True):
         assert not torch.equal(old, weight)
+
+
+# --- runs through the command ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two levels, ended and exported; do not change it."""
+    out = tmp_path_factory.mktemp("two") / "r"
+    assert main(arguments(shards, out, "run.n_images=24", "run.validate_every=12", "vq.start=40%")) == 0
+    return out
+
+
+def held_out(shards: Path) -> np.ndarray:
+    _, image = next(iter(whole_images(split(read_index(shards), 2)[1], 256, 4)))
+    return image
+
+
+def test_a_run_validates_each_level_and_exports_what_it_trained(run: Path, shards: Path, tmp_path: Path) -> None:
+    validation = log(run, "validation")[-1]
+    for prefix, size in zip(LEVELS, (24, 32), strict=True):
+        assert validation[f"{prefix}tokens_per_code"] > 0
+        bound = "" if f"{prefix}usage" in validation else "_at_least"
+        assert validation[f"{prefix}perplexity{bound}"] <= validation[f"{prefix}usage{bound}"] * size + 1e-3
+    assert validation["tokens_per_code"] == pytest.approx(4 * 24 / 32 * validation["coarse_tokens_per_code"])
+    _, state = Checkpoints(run / "checkpoints", 1).newest()
+    trainer = tiny_trainer(shards, tmp_path / "again", *TWO)
+    trainer.resume(state)
+    average = trainer.ema.module
+    model = load_latent_model(run / "model")
+    assert isinstance(model, TwoLevelModel)
+    x = to_float(held_out(shards))[None]
+    with torch.inference_mode():
+        indices = model.indices(x)
+        ours = average(x, Draws())
+        assert torch.equal(indices, latent_model(average.network).indices(x))
+        assert [len(grid.unique()) > 2 for grid in model.grids(indices)] == [True, True]
+        for grid, codes in zip(model.grids(indices), ours.codes, strict=True):
+            assert torch.equal(grid, codes.indices)
+        torch.testing.assert_close(model.decode_indices(indices), ours.x_hat, atol=1e-5, rtol=0)
+
+
+def test_the_folder_is_a_model_of_the_codec_and_its_card_says_what_loads_it(run: Path, shards: Path) -> None:
+    folder, model = run / "model", load_latent_model(run / "model")
+    assert isinstance(model, TwoLevelModel)
+    image = held_out(shards)
+    codec = Codec.load(folder, dtype="float32")
+    data = codec.encode(image)
+    with torch.inference_mode():
+        indices = model.indices(to_float(image)[None])
+        coded = codec.indices(data)[1]
+        assert np.mean(coded == indices[0].numpy()) > 0.95  # the last bits of the encoder's ways differ
+        expected = to_uint8(model.decode_indices(torch.from_numpy(coded)[None].long())[0])
+    assert np.mean(codec.decode(data) != expected) < 0.01
+    known, card = facts.read(folder), (folder / "README.md").read_text()
+    figures = known["held_out"]
+    assert figures["fixed_length_bpp"] == pytest.approx((5 + 4 * 5) / 16)
+    assert 0 < figures["static_bpp"] < figures["fixed_length_bpp"]
+    assert [each["size"] for each in known["codebooks"]] == [24, 32]
+    counts = CodeCounts.none(model)
+    for _, pixels in whole_images(split(read_index(shards), 2)[1], 1024, 4):
+        found = CodeCounts.by_map(model, model.indices(to_float(pixels)[None]))
+        counts = [a + b for a, b in zip(counts, found, strict=True)]
+    for each in counts:
+        for name, value in each.figures().items():
+            assert figures[name] == pytest.approx(value)
+    assert "two levels (f4, 24 vectors; f2, 32 vectors) of 4 channels, widths 8, 8, 16" in card
+    assert "**diffusers has no class for it, and no pipeline loads it**" in card
+    assert "| diffusers | no | diffusers has no class for it" in card
+    assert "`codec encode photos -o coded -m FOLDER`" in card
+    assert card.count("tokens per vector") == 2
+    assert "coarse usage " in card
+
+
+RESUMED = [
+    "run.n_images=16", "run.checkpoint_every=4", "run.keep_last=9", "vq.start=40%", "vq.revive_below=0.9",
+    "vq.decay=0.5", "export.statistics_images=1", "data.n_validation=1",
+]  # fmt: skip
+
+
+def test_a_run_resumed_before_or_after_the_codebooks_began_ends_where_it_would_have(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.autoencoder.export_codebook_model", lambda *_, **__: {})  # others look at it
+    assert main(arguments(shards, tmp_path / "whole", *RESUMED)) == 0
+    source = tmp_path / "whole" / "checkpoints" / "images-000000004.pt"
+    before = load(source)["module"]
+    for prefix in LEVELS:
+        assert not bool(before[f"{prefix}quantiser.started"])
+        assert len(before[f"{prefix}quantiser._extra_state"]) > 24
+    end = load(tmp_path / "whole" / "checkpoints" / "images-000000016.pt")
+    for images in (4, 12):
+        point = source.with_name(f"images-{images:09d}.pt")
+        assert main(arguments(shards, tmp_path / str(images), *RESUMED, f"run.resume={point}")) == 0
+        again = load(tmp_path / str(images) / "checkpoints" / "images-000000016.pt")
+        for part in ("module", "ema"):
+            for name, tensor in end[part].items():
+                assert torch.equal(torch.as_tensor(tensor), torch.as_tensor(again[part][name])), f"{part} {name}"
+    steps = log(tmp_path / "4", "step")
+    assert all(sum(line.get(f"{prefix}codebook_revived", 0) for line in steps) > 0 for prefix in LEVELS)
+    sizes = "vq.coarse_codebook_size=25"
+    assert main(arguments(shards, tmp_path / "other", *RESUMED, sizes, f"run.resume={source}")) == 2
+
+
+def test_a_checkpoint_of_a_program_without_two_levels_goes_on_as_one_level() -> None:
+    old = {"vq": {"codebook_size": 32}}
+    assert compare(old, {"vq": {"codebook_size": 32, "coarse_codebook_size": 0}}) == ([], [])
+    assert compare(old, {"vq": {"codebook_size": 32, "coarse_codebook_size": 24}})[0] == [
+        "vq.coarse_codebook_size None -> 24"
+    ]
+
+
+# --- from somebody's folder -----------------------------------------------------------------------------------------
+
+
+def test_a_decoder_alone_is_trained_for_indices_that_stay(run: Path, shards: Path, tmp_path: Path) -> None:
+    base, out = run / "model", tmp_path / "r"
+    overrides = [f"data.shards={shards}", f"run.out={out}", f"model.init_from={base}", "run.n_images=12"]
+    assert main(["run", "tiny", *overrides]) == 0  # class, widths and K are the folder's
+    a, b = (load_latent_model(folder) for folder in (base, out / "model"))
+    decodes = ("decoder.", "post_quant_conv.", "coarse_upsample.")
+    after = b.network.state_dict()
+    changed = {name.split(".")[0] for name, tensor in a.network.state_dict().items() if not after[name].equal(tensor)}
+    assert changed == {part.removesuffix(".") for part in decodes}
+    with torch.inference_mode():
+        x = to_float(held_out(shards))[None]
+        assert torch.equal(a.indices(x), b.indices(x))
+    assert model_folder.read(base).stream_id == model_folder.read(out / "model").stream_id  # so it reads base's files
+    assert "coarse_commitment" not in log(out, "step")[-1]
+    assert log(out, "step")[-1]["coarse_codebook_usage"] > 0
+
+
+def test_all_of_a_folder_goes_on_with_both_codebooks(run: Path, shards: Path, tmp_path: Path) -> None:
+    base = run / "model"
+    trainer = tiny_trainer(shards, tmp_path / "r", f"model.init_from={base}", "model.trainable=all", "vq.decay=0.9")
+    given, model = load_latent_model(base), latent_model(trainer.task.module.network)
+    assert [weight.equal(other) for weight, other in zip(model.codebooks, given.codebooks, strict=True)] == [True, True]
+    assert trainer.task.module.is_quantised
+    trainer.step(trainer.feed.batches(0.0, 0))
+    for weight, other in zip(model.codebooks, given.codebooks, strict=True):
+        moved = float((weight - other).detach().norm() / other.norm())
+        assert 0 < moved < 0.5  # from where it was, not anew
+
+
+def test_what_two_levels_cannot_have_is_refused_in_one_line(
+    run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = str(run / "model"), str(tmp_path / "out")
+    student = ["model.family=tiny", "model.block_out_channels=[8,8]", "kl.weight=0", f"model.teacher={model}"]
+    for command, words in (
+        (["cache", str(shards), "-m", model, "-o", out, "--size", "32", "--format", "indices"], "has 2 codebooks"),
+        (["export", model, "-o", out, "--onnx"], "ONNX: a TwoLevelVQModel; only AutoencoderKL and AutoencoderTiny"),
+        (["export", model, "-o", out, "--single-file"], "no single file: a TwoLevelVQModel"),
+        (["run", "tiny", f"data.shards={shards}", f"run.out={out}", *student], "model.teacher: a TwoLevelVQModel"),
+    ):
+        capsys.readouterr()
+        assert main(command) in (2, 3)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert words in lines[-1]
+
+
+# --- ranks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_keep_bit_equal_codebooks(shards: Path, tmp_path: Path) -> None:
+    """Through the pools, k-means, running means and revival; `train.checkpoint` digests every tensor of each rank."""
+    settings = ["run.n_images=40", "optim.batch_size=2", "run.checkpoint_every=4", "run.keep_last=1", "vq.start=20%"]
+    settings += ["vq.decay=0.5", "vq.revive_below=0.9", "data.n_validation=2", "run.validate_every=40"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train"]
+    out = tmp_path / "r"
+    done = subprocess.run(
+        [*launcher, *arguments(shards, out, *settings)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    saved = log(out, "checkpoint")
+    assert len(saved) == 10
+    assert all(len(line["parameters"]) == 2 and len(set(line["parameters"])) == 1 for line in saved)
+    for prefix in LEVELS:
+        assert sum(line.get(f"{prefix}codebook_revived", 0) for line in log(out, "step")) > 0
+    assert "coarse codebook: 24 vectors by k-means of" in done.stderr
