@@ -52,7 +52,8 @@ def check(model: LatentModel, folder: Path, size: int) -> None:
         UsageError: the size does not suit the model.
     """
     if model.family == "vq":
-        raise ModelError(f"{folder}: a VQModel has no posterior to measure; codec-eval recon reports its codebook")
+        kind = type(model.network).__name__
+        raise ModelError(f"{folder}: a {kind} has no posterior to measure; codec-eval recon reports its codebook")
     if not 0 < model.scaling_factor < math.inf:
         raise ModelError(f"{folder}: scaling_factor {model.scaling_factor}, expected a positive number")
     if size % model.f or size < _SMALLEST_GRID * model.f:

@@ -1,4 +1,4 @@
-"""The autoencoder task: AutoencoderKL, AutoencoderTiny and VQModel, which differ only inside the model.
+"""The autoencoder task: AutoencoderKL, AutoencoderTiny and VQ models, which differ only inside the model.
 
     image -> AutoencoderModule -> x_hat -> reconstruction and adversarial terms -> gradients at x_hat -----+
                                -> mean, log-variance, codes, bits -> `train.latent_terms` -----------------+-> backward
@@ -68,8 +68,8 @@ class AutoencoderTask:
         self._has_variance = model.family == "kl"
         self._last_layer = model.decoder_out
         self._decoder_only = decoder_only(config.model)
-        codebook = self._build_codebook(model) if isinstance(model, CodebookModel) else None
-        self._latents = LatentTerms(config, model, self._image, codebook)
+        codebooks = self._build_codebooks(model) if isinstance(model, CodebookModel) else []
+        self._latents = LatentTerms(config, model, self._image, codebooks)
         if config.run.gradient_checkpointing:
             checkpoint_activations(network)
         if config.run.channels_last:
@@ -79,7 +79,7 @@ class AutoencoderTask:
         self.module: nn.Module = AutoencoderModule(
             network,
             rate=rate,
-            quantiser=None if codebook is None else codebook.quantiser,
+            quantisers=[codebook.quantiser for codebook in codebooks],
             projection=alignment.projection(self._channels) if alignment else None,
             learned_scale=config.loss.learned_scale,
             frozen_encoder=self._decoder_only,
@@ -90,16 +90,17 @@ class AutoencoderTask:
         self._monitor = Monitor(config.health, config.adversarial.adaptive_cap)
         self._scale = LatentScale()  # for the noise on normalized latents
 
-    def _build_codebook(self, model: CodebookModel) -> CodebookTerms:
+    def _build_codebooks(self, model: CodebookModel) -> list[CodebookTerms]:
         config, trained = self._config, self._config.model.init_from != ""
         try:
             config.check_vq()
         except ValueError as exception:  # of a folder's family a recipe knows nothing
             raise UsageError(str(exception)) from exception
-        quantiser = build_quantiser(config.vq, model, trained=trained, trains=not self._decoder_only)
-        if isinstance(quantiser, FSQ | LFQ) and not trained and (found := self._first_latents(model)) is not None:
+        how = {"trained": trained, "trains": not self._decoder_only}
+        quantisers = [build_quantiser(config.vq, model, **how, level=n) for n in range(len(model.maps))]
+        if isinstance(quantisers[0], FSQ | LFQ) and not trained and (found := self._first_latents(model)) is not None:
             whiten(model.network, found)
-        return CodebookTerms(quantiser, model.network, config.health)
+        return [CodebookTerms(quantiser, model, config.health, n) for n, quantiser in enumerate(quantisers)]
 
     def _build_rate(self, model: LatentModel) -> RateModel:
         """Build steps and densities, fitted to what the encoder makes of a few training images now."""
@@ -183,8 +184,7 @@ class AutoencoderTask:
         if not self._image.plain:
             network += f"; images: {self._image.describe()}"
         out = {"network": network, "loss": self._describe_losses()}
-        if self._latents.codebook is not None:
-            out["codebook"] = self._latents.codebook.describe()
+        out |= {codebook.name: codebook.describe() for codebook in self._latents.codebooks}
         if self._latents.has_kl:
             side, count = max(config.data.sides), self._image.count
             ldm = kl_weight_in_ldm(config.kl, config.loss.pixel_weight, side, self.f, self._channels, count)
@@ -258,9 +258,11 @@ class AutoencoderTask:
         objective = objective + (outputs.x_hat * at_x_hat).sum()
         for name, term in self._latents.terms(outputs, x, draws, step, values).items():
             if term.requires_grad:
-                if outputs.mean.requires_grad:
-                    (gradient,) = torch.autograd.grad(term, outputs.mean, retain_graph=True, allow_unused=True)
-                    gradients[name] = term.new_zeros(1) if gradient is None else gradient
+                if outputs.latents[0].requires_grad:
+                    found = torch.autograd.grad(term, outputs.latents, retain_graph=True, allow_unused=True)
+                    gradients[name] = torch.cat(
+                        [term.new_zeros(1), *(each.flatten() for each in found if each is not None)]
+                    )
                 objective = objective + term
             values[name] = term.detach()
             total = total + values[name]
@@ -366,7 +368,7 @@ class AutoencoderTask:
         """See `train.task.Task.export`; with a rate model the figures hold its estimate, of STATIC mode."""
         parts = _unwrapped(module)
         discriminator = self.critic if self._config.adversarial.export else None
-        if parts.quantiser is not None:
+        if parts.quantisers:
             run = (self._config, self._training, self._validation)
             return export_codebook_model(parts.network, out, *run, record=record, discriminator=discriminator)
         figures = export_model(

@@ -15,13 +15,13 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from codec import facts, preview
-from codec.adapters import CodebookModel
+from codec.adapters import CodebookModel, TwoLevelModel
 from codec.files import write_atomic
 from codec.latent_model import LatentModel, latent_model
 from codec.model_folder import CODEC_TENSORS
 from train.formats import FP16_VARIANT, ONNX_FOLDER, config_of, no_single_file, stored_formats
 from train.half_precision import Half, from_json
-from train.onnx_export import DECODER, ENCODER, TOLERANCE
+from train.onnx_export import DECODER, ENCODER, TOLERANCE, no_onnx
 
 _CLASSIC = "AutoencoderKL, f8, 4 latent channels"  # what ComfyUI calls the shape of Stable Diffusion's own VAE
 _ALL_RIGHTS = (
@@ -108,7 +108,7 @@ def where_it_loads(network: nn.Module, known: Mapping[str, Any], formats: Mappin
         _diffusers_row(model, kind),
         *_single_file_rows(network, known, formats),
         *_float16_rows(network, formats),
-        _onnx_row(formats),
+        _onnx_row(network, formats),
         ("other diffusion models", *_other_models(model, known)),
     ]
     if "stream_ids" in known and int(config_of(network)["in_channels"]) == 3:
@@ -121,6 +121,11 @@ def _diffusers_row(model: LatentModel, kind: str) -> tuple[str, str, str]:
     if isinstance(model, CodebookModel) and model.fsq_levels:
         how = f"`{kind}.from_pretrained(FOLDER).decode(VECTORS, force_not_quantize=True)`; its own quantisation is not "
         return "diffusers", "decodes", f"{how}that of this lattice: indices are `load_latent_model(FOLDER).indices(x)`"
+    if isinstance(model, TwoLevelModel):
+        how = (
+            "diffusers has no class for it, nor has any pipeline: `codec.latent_model.load_latent_model(Path(FOLDER))`"
+        )
+        return "diffusers", "no", how
     return "diffusers", "yes", f"`{kind}.from_pretrained(FOLDER)`"
 
 
@@ -195,10 +200,10 @@ def _float16_rows(network: nn.Module, formats: Mapping[str, Any]) -> list[tuple[
     return rows
 
 
-def _onnx_row(formats: Mapping[str, Any]) -> tuple[str, str, str]:
+def _onnx_row(network: nn.Module, formats: Mapping[str, Any]) -> tuple[str, str, str]:
     onnx = formats.get("onnx")
     if onnx is None:
-        return ("ONNX", "no", "not written: `codec-train export FOLDER --onnx`")
+        return ("ONNX", "no", no_onnx(network) or "not written: `codec-train export FOLDER --onnx`")
     sizes = " and ".join(" x ".join(map(str, shape)) for shape in onnx["compared_at"])
     worst = onnx["max_difference"]
     return (

@@ -11,10 +11,11 @@ from train.vq.config import LEARNED, VQConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network: a diffusers.AutoencoderKL, AutoencoderTiny or VQModel."""
+    """The network: a diffusers.AutoencoderKL, AutoencoderTiny or VQModel, or a VQ model of two levels."""
 
     family: Literal["kl", "tiny", "vq"] = "kl"
-    """kl: AutoencoderKL; tiny: AutoencoderTiny, without variance, norms and attention; vq: VQModel, see `vq`."""
+    """kl: AutoencoderKL; tiny: AutoencoderTiny, without variance, norms and attention; vq: VQModel, or with
+    vq.coarse_codebook_size a model of two levels; see `vq`."""
     init_from: str = ""
     """Folder of a diffusers autoencoder to start from; it decides family, widths and so on. Empty = from scratch."""
     trainable: Literal["auto", "all", "decoder"] = "auto"
@@ -27,7 +28,8 @@ class ModelConfig:
     """C of the images: 3; 4 = RGBA; with data.samples npy any number of bands from 3 on. More channels than the network
     of init_from has are added to its first and last convolution, so that its latents do not change."""
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    """Widths from full resolution down; f = 2^(number of widths - 1)."""
+    """Widths from full resolution down; f = 2^(number of widths - 1). The last one is that of the coarse level where
+    there are two (vq.coarse_codebook_size); the fine level's f is half of it."""
     layers_per_block: int = 2
     """Residual blocks a level in the encoder; the decoder has one more (kl, vq) or as many (tiny)."""
     latent_channels: int = 4
@@ -297,6 +299,9 @@ class Config:
         self._check_across()
         if self.model.family == "vq":
             self.check_vq()
+            widths, levels = self.model.block_out_channels, 2 if self.vq.coarse_codebook_size else 1
+            why = "one width for each level at least: the last is that of vq.coarse_codebook_size"
+            require(len(widths) >= levels or self.model.init_from != "", "model.block_out_channels", widths, why)
             require(
                 self.kl.weight == 0 or self.model.init_from != "",
                 "kl.weight",

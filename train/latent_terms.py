@@ -3,7 +3,7 @@
 mean, log-variance, bits (`train.module.Outputs`) -> LatentTerms.terms -> named scalars, weighted
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,11 @@ class LatentTerms:
     Attributes:
         kl_relief: what posterior collapse has multiplied the KL's weight by.
         has_kl: whether there is a KL term.
-        codebook: what there is to do with the quantiser; None without one.
+        codebooks: what there is to do with the quantiser of each map; empty without one.
     """
 
     def __init__(
-        self, config: Config, model: LatentModel, channels: Channels, codebook: CodebookTerms | None = None
+        self, config: Config, model: LatentModel, channels: Channels, codebooks: Sequence[CodebookTerms] = ()
     ) -> None:
         """Load teacher, anchor and alignment network, where the recipe names them.
 
@@ -44,7 +44,7 @@ class LatentTerms:
             config: the recipe.
             model: the network to train; one that is anchored gets the anchor's normalisation.
             channels: of the images.
-            codebook: of a network that has one.
+            codebooks: of a network that has some, one for each map, in its order.
 
         Raises:
             UsageError: one of them is missing or does not fit.
@@ -54,7 +54,7 @@ class LatentTerms:
         self._channels = channels
         self.has_kl = config.kl.weight > 0 and not config.model.decoder_only and model.family == "kl"
         self.kl_relief = 1.0
-        self.codebook = codebook
+        self.codebooks = tuple(codebooks)
         self.teacher = _load_teacher(config, model) if config.model.teacher else None
         self.anchor = _load_anchor(config, model) if config.latents.anchor_weight > 0 else None
         self.alignment: FeatureAlignment | None = None
@@ -78,8 +78,7 @@ class LatentTerms:
         config, texts = self._config, []
         if self.has_kl:
             texts.append(f"{config.kl.weight:g} KL nats/{config.kl.reduction}")
-        if self.codebook is not None:
-            texts += self.codebook.loss()
+        texts += [text for codebook in self.codebooks for text in codebook.loss()]
         if config.rate.probability > 0:
             texts.append(f"{config.rate.weight:g} bpp (at q 0)")
         if self.teacher is not None:
@@ -117,8 +116,8 @@ class LatentTerms:
         config = self._config
         values["latent_moments"] = latent_moments(outputs.mean)
         terms = {} if outputs.logvar is None else self._kl(outputs.mean, outputs.logvar, x, step, values)
-        if outputs.codes is not None and self.codebook is not None:
-            terms |= self.codebook.terms(outputs.codes, step, values)
+        for codebook, codes in zip(self.codebooks, outputs.codes, strict=True):
+            terms |= codebook.terms(codes, step, values)
         if outputs.bits is not None:
             assert draws.quality is not None
             assert draws.coded is not None
@@ -139,16 +138,16 @@ class LatentTerms:
 
     def after_step(self, values: Values, step: Step, reduce: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
         """See `train.task.Task.after_step`."""
-        return [] if self.codebook is None else self.codebook.after_step(values, step, reduce)
+        return [line for codebook in self.codebooks for line in codebook.after_step(values, step, reduce)]
 
     def discard_step(self) -> None:
         """See `train.task.Task.discard_step`."""
-        if self.codebook is not None:
-            self.codebook.discard()
+        for codebook in self.codebooks:
+            codebook.discard()
 
     def after_validation(self, metrics: Mapping[str, float]) -> list[str]:
         """See `train.task.Task.after_validation`."""
-        return [] if self.codebook is None else self.codebook.after_validation(metrics)
+        return [line for codebook in self.codebooks for line in codebook.after_validation(metrics)]
 
     def _kl(
         self, mean: torch.Tensor, logvar: torch.Tensor, x: torch.Tensor, step: Step, values: dict[str, torch.Tensor]

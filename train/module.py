@@ -1,9 +1,11 @@
 """What DDP wraps: one forward is the whole pass of an autoencoder, so that every gradient is reduced over ranks.
 
-x -> encoder -> mean, log-variance -> z (posterior sample, one quantiser step of noise, or codebook vectors)
+x -> encoder -> mean, log-variance -> z (posterior sample, or one quantiser step of noise)
+             -> latents of each map -> its quantiser -> z (codebook vectors)
   -> noise, transform -> decoder -> x_hat
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from codec.codebook_model import CodebookModel
 from codec.latent_model import latent_model
 from codec.latent_transform import LatentTransform
+from codec.two_level import TwoLevelVQModel
 from train.latent_losses import noisy_latents
 from train.rate import RateModel
 from train.vq.quantiser import Codes, Quantiser
@@ -60,7 +64,9 @@ class Outputs:
         bits: (B,) estimated bits of each image, coded or not; None without a rate model.
         log_scale: scalar s of the learned scale; None without it.
         projected: (B, C', h, w) latents projected to the features they are aligned with; None without alignment.
-        codes: what the quantiser made of the latents; None without one.
+        latents: what the encoder gives, before anything is done to it, as the terms on it see it: `mean` alone, or of a
+            network with codebooks the latents of each map, (B, d, h*s, w*s).
+        codes: what the quantiser of each map made of them; empty without one.
     """
 
     x_hat: torch.Tensor
@@ -69,7 +75,20 @@ class Outputs:
     bits: torch.Tensor | None
     log_scale: torch.Tensor | None
     projected: torch.Tensor | None
-    codes: Codes | None
+    latents: tuple[torch.Tensor, ...]
+    codes: tuple[Codes, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encoded:
+    """The part of a pass before the decoder; `z`: (B, D, h, w), what goes on to it; the others: see `Outputs`."""
+
+    z: torch.Tensor
+    mean: torch.Tensor
+    logvar: torch.Tensor | None = None
+    bits: torch.Tensor | None = None
+    latents: tuple[torch.Tensor, ...]
+    codes: tuple[Codes, ...] = ()
 
 
 class AutoencoderModule(nn.Module):
@@ -77,22 +96,33 @@ class AutoencoderModule(nn.Module):
 
     def __init__(
         self,
-        network: AutoencoderKL | AutoencoderTiny | VQModel,
+        network: AutoencoderKL | AutoencoderTiny | VQModel | TwoLevelVQModel,
         *,
         rate: RateModel | None = None,
-        quantiser: Quantiser | None = None,
+        quantisers: Sequence[Quantiser] = (),
         projection: nn.Module | None = None,
         learned_scale: bool = False,
         frozen_encoder: bool = False,
     ) -> None:
+        """Join the parts; `quantisers`: one for each map of a network with codebooks, in its order."""
         super().__init__()
         self.network = network
         self.rate = rate
-        self.quantiser = quantiser
+        self._model = latent_model(network)
+        self._coded: CodebookModel | None = None  # the same, where it is quantised here
+        if quantisers:
+            assert isinstance(self._model, CodebookModel)
+            self._coded = self._model
+            for prefix, quantiser in zip(self._model.prefixes, quantisers, strict=True):
+                self.add_module(f"{prefix}quantiser", quantiser)
         self.projection = projection
         self.log_scale = nn.Parameter(torch.zeros(())) if learned_scale else None
         self._frozen_encoder = frozen_encoder
-        self._model = latent_model(network)
+
+    @property
+    def quantisers(self) -> list[Quantiser]:
+        """One for each map of the network, in its order; empty where there is none."""
+        return [] if self._coded is None else [getattr(self, f"{prefix}quantiser") for prefix in self._coded.prefixes]
 
     def forward(self, x: torch.Tensor, draws: Draws) -> Outputs:
         """Encode, draw latents, decode.
@@ -101,7 +131,28 @@ class AutoencoderModule(nn.Module):
             x: (B, C, H, W) in [-1, 1].
             draws: all that is random.
         """
-        with torch.no_grad() if self._frozen_encoder else nullcontext():
+        encoded = self._sampled(x, draws) if self._coded is None else self._quantised(x, self._coded)
+        z = encoded.z
+        if draws.teacher_latents is not None:
+            z = draws.teacher_latents
+        if draws.noise is not None and draws.noise_deviation is not None:
+            z = noisy_latents(z, draws.noise_deviation, draws.noise)
+        if draws.transform is not None:
+            z = draws.transform.latents(z)
+        return Outputs(
+            x_hat=self._decode(z).float(),
+            mean=encoded.mean,
+            logvar=encoded.logvar,
+            bits=encoded.bits,
+            log_scale=self.log_scale,
+            projected=None if self.projection is None else self.projection(encoded.mean).float(),
+            latents=encoded.latents,
+            codes=encoded.codes,
+        )
+
+    def _sampled(self, x: torch.Tensor, draws: Draws) -> _Encoded:
+        """Encode to a posterior, and draw from it."""
+        with self._encoding():
             posterior = self._model.encode(x)
         mean, logvar = posterior.mean, posterior.logvar
         z = mean
@@ -115,44 +166,45 @@ class AutoencoderModule(nn.Module):
             noisy = self.rate.noisy(mean, draws.quality, draws.uniform)
             bits = self.rate.bits(noisy, draws.quality)
             z = torch.where(draws.coded[:, None, None, None], noisy, z)
-        codes = None
-        if self.quantiser is not None:
-            codes = self.quantiser(z, self.network.quantize.embedding.weight)
-            z = codes.z_q
-        if draws.teacher_latents is not None:
-            z = draws.teacher_latents
-        if draws.noise is not None and draws.noise_deviation is not None:
-            z = noisy_latents(z, draws.noise_deviation, draws.noise)
-        if draws.transform is not None:
-            z = draws.transform.latents(z)
-        return Outputs(
-            x_hat=self._decode(z).float(),
-            mean=mean,
-            logvar=logvar,
-            bits=bits,
-            log_scale=self.log_scale,
-            projected=None if self.projection is None else self.projection(mean).float(),
-            codes=codes,
-        )
+        return _Encoded(z=z, mean=mean, logvar=logvar, bits=bits, latents=(mean,))
+
+    def _quantised(self, x: torch.Tensor, model: CodebookModel) -> _Encoded:
+        """Encode map by map: what a quantiser gives, the maps after it see."""
+        quantisers = self.quantisers
+        latents: list[torch.Tensor] = []
+        codes: list[Codes] = []
+
+        def quantise(level: int, z: torch.Tensor) -> torch.Tensor:
+            latents.append(z)
+            codes.append(quantisers[level](z, model.codebooks[level]))
+            return codes[-1].z_q
+
+        with self._encoding():
+            z = model.pack(model.quantised(x, quantise))
+        return _Encoded(z=z, mean=model.pack(latents), latents=tuple(latents), codes=tuple(codes))
+
+    def _encoding(self) -> AbstractContextManager[Any]:
+        return torch.no_grad() if self._frozen_encoder else nullcontext()
 
     @property
     def is_quantised(self) -> bool:
         """Whether latents become codebook vectors by now."""
-        return self.quantiser is not None and bool(self.quantiser.started)
+        return self._coded is not None and all(bool(quantiser.started) for quantiser in self.quantisers)
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
-        if self.quantiser is None:
+        if self._coded is None:
             return self._model.decode(z)
-        x_hat: torch.Tensor = self.network.decode(z, force_not_quantize=True).sample  # vectors already, to the bit
-        return x_hat
+        return self._coded.decode_vectors(z)  # vectors already, to the bit
 
     @torch.no_grad()
     def settle(self, live: nn.Module) -> None:
         """See `train.averaging.Settles`: averaged vectors have to be a codebook."""
         assert isinstance(live, AutoencoderModule)
-        if self.quantiser is not None and live.quantiser is not None:
-            average, weight = (network.quantize.embedding.weight for network in (self.network, live.network))
-            self.quantiser.settle(average, weight, live.quantiser)
+        if self._coded is None or live._coded is None:
+            return
+        codebooks = zip(self._coded.codebooks, live._coded.codebooks, strict=True)
+        for own, theirs, (average, weight) in zip(self.quantisers, live.quantisers, codebooks, strict=True):
+            own.settle(average, weight, theirs)
 
 
 def compile_blocks(network: nn.Module) -> None:

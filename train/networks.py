@@ -1,32 +1,39 @@
-"""The networks of a run: diffusers' own classes, from a recipe with random weights, or from somebody's folder."""
+"""The networks of a run, from a recipe with random weights, or from somebody's folder: diffusers' own classes.
+
+But for the VQ model of two levels, `codec.two_level.TwoLevelVQModel`, which diffusers has none for.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import nn
 
 from codec import fsq
+from codec.codebook_model import CodebookModel
 from codec.errors import UsageError
 from codec.latent_model import LatentModel, load_network
+from codec.two_level import TwoLevelModel, TwoLevelVQModel
 from train.config import ModelConfig
 from train.inflate import image_channels_of, inflate
 from train.loss_config import LatentConfig
 from train.vq.config import VQConfig
 from train.vq.lattice import corners
 
+_TRAINED = (AutoencoderKL, AutoencoderTiny, VQModel, TwoLevelVQModel)
 _ANCHOR = 3.0  # in units of the content's deviation, about 1 at initialisation
 
 
 def build_network(config: ModelConfig, *, alpha: bool = True, vq: VQConfig | None = None) -> nn.Module:
-    """Build the AutoencoderKL, AutoencoderTiny or VQModel to train, in float32; frozen where only the decoder learns.
+    """Build the autoencoder to train, in float32; frozen where only the decoder learns.
 
     Args:
         config: with `init_from` the folder decides class and shape, and its image channels are inflated to
             `image_channels`; else the weights are random (torch's default generator).
         alpha: whether the fourth of four image channels is alpha; see `train.inflate`.
-        vq: of the quantiser of a VQModel; None = the defaults.
+        vq: of the quantiser of a VQ model; None = the defaults.
 
     Raises:
         ModelError: `init_from` is missing, damaged, or of a class that is not supported.
@@ -35,10 +42,10 @@ def build_network(config: ModelConfig, *, alpha: bool = True, vq: VQConfig | Non
     """
     if config.init_from:
         base = load_network(Path(config.init_from), image_channels=None)
-        if not isinstance(base, AutoencoderKL | AutoencoderTiny | VQModel):
-            name = type(base).__name__
+        if not isinstance(base, _TRAINED):
+            *names, last = (kind.__name__ for kind in _TRAINED)
             raise UsageError(
-                f"model.init_from: a {name}; only AutoencoderKL, AutoencoderTiny and VQModel can be trained"
+                f"model.init_from: a {type(base).__name__}; only {', '.join(names)} and {last} can be trained"
             )
         network = inflate(base, config.image_channels, alpha=alpha and config.image_channels == 4).train()
         if network is not base and decoder_only(config):
@@ -78,9 +85,9 @@ def adopt_normalisation(network: Any, reference: LatentModel) -> None:
 
 
 def freeze_encoder(network: nn.Module) -> None:
-    """Leave only the decoder, and the convolution before it, to train."""
+    """Leave only the decoder, and the convolutions before it, to train."""
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
+        parameter.requires_grad_(name.startswith(("decoder.", "post_quant_conv.", "coarse_upsample.")))
 
 
 def load_teacher(folder: Path) -> nn.Module:
@@ -91,7 +98,7 @@ def load_teacher(folder: Path) -> nn.Module:
 
     Raises:
         ModelError: see `codec.latent_model.load_network`.
-        UsageError: a VQModel.
+        UsageError: a VQ model.
     """
     return load_reference(folder, "model.teacher")
 
@@ -105,11 +112,12 @@ def load_reference(folder: Path, field: str) -> nn.Module:
 
     Raises:
         ModelError: see `codec.latent_model.load_network`.
-        UsageError: a VQModel, whose latents are indices to those who use them.
+        UsageError: a VQ model, whose latents are indices to those who use them.
     """
     network = load_network(folder, image_channels=None)
-    if isinstance(network, VQModel):
-        raise UsageError(f"{field}: a VQModel; only of autoencoders with continuous latents can another one learn")
+    if isinstance(network, VQModel | TwoLevelVQModel):
+        name = type(network).__name__
+        raise UsageError(f"{field}: a {name}; only of autoencoders with continuous latents can another one learn")
     return network.eval().requires_grad_(False)
 
 
@@ -171,34 +179,37 @@ def _kl_network(config: ModelConfig) -> nn.Module:
 
 
 def _vq_network(config: ModelConfig, vq: VQConfig) -> nn.Module:
-    """A VQModel with random vectors, or with those of a lattice."""
+    """A VQModel, or a TwoLevelVQModel, with random vectors, or with those of a lattice."""
     n = len(config.block_out_channels)
-    network = VQModel(
-        block_out_channels=config.block_out_channels,
-        down_block_types=("DownEncoderBlock2D",) * n,
-        up_block_types=("UpDecoderBlock2D",) * n,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        in_channels=config.image_channels,
-        out_channels=config.image_channels,
-        norm_num_groups=config.norm_num_groups,
-        mid_block_add_attention=config.mid_block_add_attention,
-        num_vq_embeddings=vq.codebook_size,
-        vq_embed_dim=vq.dim(config.latent_channels),
-        scaling_factor=1.0,
-    )
+    fields: dict[str, Any] = {
+        "block_out_channels": config.block_out_channels,
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
+        "norm_num_groups": config.norm_num_groups,
+        "mid_block_add_attention": config.mid_block_add_attention,
+        "num_vq_embeddings": vq.codebook_size,
+        "vq_embed_dim": vq.dim(config.latent_channels),
+        "scaling_factor": 1.0,
+    }
+    if vq.coarse_codebook_size:
+        network = TwoLevelVQModel(**fields, num_coarse_vq_embeddings=vq.coarse_codebook_size)
+    else:
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * n, "up_block_types": ("UpDecoderBlock2D",) * n}
+        network = VQModel(**fields, **blocks)
     if config.init == "linear":
         initialize_linear(network)
     with torch.no_grad():
-        weight = network.quantize.embedding.weight
-        weight.normal_()
-        if vq.cosine:
-            weight.copy_(nn.functional.normalize(weight, dim=1))
-        elif vq.kind == "fsq":
-            weight.copy_(fsq.codebook(vq.fsq_levels))
-            network.register_to_config(fsq_levels=list(vq.fsq_levels))  # see `codec.adapters.CodebookModel`
-        elif vq.kind == "lfq":
-            weight.copy_(corners(weight.shape[1]))
+        for weight in (TwoLevelModel if vq.coarse_codebook_size else CodebookModel)(network).codebooks:
+            weight.normal_()
+            if vq.cosine:
+                weight.copy_(nn.functional.normalize(weight, dim=1))
+            elif vq.kind == "fsq":
+                weight.copy_(fsq.codebook(vq.fsq_levels))
+                network.register_to_config(fsq_levels=list(vq.fsq_levels))  # see `codec.adapters.CodebookModel`
+            elif vq.kind == "lfq":
+                weight.copy_(corners(weight.shape[1]))
     built: nn.Module = network
     return built
 
@@ -239,7 +250,7 @@ def _initialize_tiny(network: AutoencoderTiny) -> None:
 
 
 @torch.no_grad()
-def initialize_linear(network: AutoencoderKL | VQModel) -> None:
+def initialize_linear(network: AutoencoderKL | VQModel | TwoLevelVQModel) -> None:
     """Start as a nearly linear pyramid that carries absolute brightness from end to end.
 
     torch's default shrinks the path that carries the image by 0.58 at every convolution on it, so what the decoder sees
@@ -254,8 +265,11 @@ def initialize_linear(network: AutoencoderKL | VQModel) -> None:
                 nn.init.zeros_(module.weight)
             elif not name.endswith(".conv1"):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    _anchor(network.encoder.mid_block.resnets[-1].conv2, network.encoder.conv_norm_out)
-    _anchor(network.decoder.up_blocks[-1].resnets[-1].conv2, network.decoder.conv_norm_out)
+    for part in network.children():  # one encoder and decoder, or those of two levels
+        if isinstance(part, Encoder):
+            _anchor(part.mid_block.resnets[-1].conv2, part.conv_norm_out)
+        elif isinstance(part, Decoder):
+            _anchor(part.up_blocks[-1].resnets[-1].conv2, part.conv_norm_out)
 
 
 def _anchor(before: nn.Conv2d, norm: nn.GroupNorm) -> None:

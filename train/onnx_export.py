@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from torch import nn
 
 from codec.errors import ModelError, UsageError
 from codec.latent_model import latent_model
+from codec.two_level import TwoLevelVQModel
 
 OPSET = 18
 TOLERANCE = 1e-4  # largest difference of an image; of latents, where they are large, in units of the largest one
@@ -78,11 +79,18 @@ def check_onnx(network: nn.Module) -> None:
         ModelError: of a class that is not exported; says why.
         UsageError: see `check_packages`.
     """
-    if not isinstance(network, AutoencoderKL | AutoencoderTiny):
-        name = type(network).__name__
-        why = {"VQModel": ": its decoder looks indices up in the codebook, which other programs do in their own ways"}
-        raise ModelError(f"ONNX: a {name}; only AutoencoderKL and AutoencoderTiny are exported{why.get(name, '')}")
+    if why := no_onnx(network):
+        raise ModelError(f"ONNX: {why}")
     check_packages()
+
+
+def no_onnx(network: nn.Module) -> str:
+    """Say why a network is not exported; empty where it is."""
+    if isinstance(network, AutoencoderKL | AutoencoderTiny):
+        return ""
+    why = ": its decoder looks indices up in the codebook, which other programs do in their own ways"
+    coded = isinstance(network, VQModel | TwoLevelVQModel)
+    return f"a {type(network).__name__}; only AutoencoderKL and AutoencoderTiny are exported{why * coded}"
 
 
 def check_packages() -> None:

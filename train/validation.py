@@ -58,7 +58,8 @@ def measure(
                 nats = kl_nats(posterior.mean, posterior.logvar).sum() / model.f**2
                 row["kl_bits_per_pixel"] = float(nats) / float(np.log(2))
             if isinstance(model, CodebookModel) and parts.is_quantised:
-                row["codes"] = CodeCounts.of(model.quantise(posterior.mean), model.codebook_size)
+                for counts in CodeCounts.by_map(model, model.quantise(posterior.mean)):
+                    row[f"{counts.prefix}codes"] = counts
             if parts.rate is not None:
                 row |= {f"bpp_q{q}": estimated_bpp(parts.rate, posterior.mean, model.f, q) for q in QUALITIES}
             similarity = ms_ssim(image, x_hat)

@@ -111,11 +111,11 @@ def test_the_gradient_of_the_image_passes_the_quantiser_to_the_encoder(kind: str
     quantiser.started.fill_(True)
     if isinstance(quantiser, SimVQCodebook):
         model.codebook.data.copy_(quantiser._vectors(model.codebook))
-    module = AutoencoderModule(model.network, quantiser=quantiser)
+    module = AutoencoderModule(model.network, quantisers=[quantiser])
     out = module(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1, Draws())
-    assert out.codes is not None
-    assert torch.equal(out.codes.z_q, model.codebook[out.codes.indices].movedim(-1, 1))  # to the bit
-    assert torch.allclose(model.decode_indices(out.codes.indices), out.x_hat, atol=1e-6)
+    (codes,) = out.codes
+    assert torch.equal(codes.z_q, model.codebook[codes.indices].movedim(-1, 1))  # to the bit
+    assert torch.allclose(model.decode_indices(codes.indices), out.x_hat, atol=1e-6)
     out.x_hat.square().sum().backward()
     assert float(model.network.encoder.conv_in.weight.grad.abs().sum()) > 0
     vectors = [model.codebook, *quantiser.parameters()]
@@ -355,7 +355,7 @@ def test_without_revival_a_dead_vector_stays_where_it_is() -> None:
 
 def test_averages_copy_vectors_that_jump_and_keep_unit_vectors_units() -> None:
     model = tiny(vq := VQConfig(codebook_size=4, start="0", cosine=True))
-    module = AutoencoderModule(model.network, quantiser=quantiser_of(vq, model))
+    module = AutoencoderModule(model.network, quantisers=[quantiser_of(vq, model)])
     module.quantiser.started.fill_(True)
     average = averaged(module, 0.999)
     for _ in range(100):  # the first few averages forget fast
@@ -482,7 +482,7 @@ def test_usage_perplexity_and_lengths() -> None:
 
 def test_low_usage_and_too_few_tokens_are_said() -> None:
     model = tiny(vq := VQConfig(codebook_size=10))
-    terms = CodebookTerms(quantiser_of(vq, model), model.network, HealthConfig(min_usage=0.3))
+    terms = CodebookTerms(quantiser_of(vq, model), model, HealthConfig(min_usage=0.3))
     assert terms.after_validation({"tokens_per_code": 20, "usage": 0.3, "perplexity": 3}) == []
     (line,) = terms.after_validation({"tokens_per_code": 20, "usage": 0.2, "perplexity": 2})
     assert "low codebook usage: 20.0% of 10 vectors, perplexity 2, on 20 held-out tokens per vector" in line

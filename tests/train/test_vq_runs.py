@@ -262,7 +262,7 @@ def test_a_discarded_step_and_evaluation_leave_the_codebook_untouched(
         patch.setattr(trainer.task, "generator_step", poisoned)
         trainer.step(batches)
     _assert_equal(codebook(), before, "after a step that was left out")
-    tokens = trainer.task._latents.codebook._tokens
+    tokens = trainer.task._latents.codebooks[0]._tokens
     assert not tokens._batches  # nothing of it comes along with the next one
     trainer.step(batches)
     assert not torch.equal(codebook()["weight"], before["weight"])

@@ -70,7 +70,7 @@ class Codebook:
             why: what needs a codebook, for the message.
 
         Raises:
-            ModelError: missing, damaged, or a model without a codebook.
+            ModelError: missing, damaged, or a model without a codebook, or with several.
         """
         if isinstance(model, torch.nn.Module):
             name, network = type(model).__name__, model
@@ -82,6 +82,11 @@ class Codebook:
             kind = type(network).__name__
             raise ModelError(
                 f"{name}: no codebook, which {why}: latents of an {kind} are continuous; a VQModel has one"
+            )
+        if len(adapter.maps) != 1:
+            kind = type(network).__name__
+            raise ModelError(
+                f"{name}: a {kind} has {len(adapter.maps)} codebooks: caches of indices and priors over them take one"
             )
         found = cls(
             name=name,

@@ -37,7 +37,10 @@ _ENCODER_FIELDS = (
     "_class_name", "act_fn", "attention_head_dim", "down_block_types", "downsample_block_type", "encoder_act_fns",
     "encoder_block_types", "encoder_norm_types", "encoder_qkv_multiscales", "norm_num_groups", "norm_type",
 )  # fmt: skip
-_ENCODER_PARTS = ("encoder.", "quant_conv.")  # beginnings of the encoder's tensors' names
+# Beginnings of the encoder's tensors' names; fine latents of a model of two levels follow from its coarse codes.
+_ENCODER_PARTS = (
+    "encoder.", "quant_conv.", "coarse_encoder.", "coarse_quant_conv.", "coarse_quantize.", "coarse_decoder.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,11 @@
-"""The model card of a trained VQModel: README.md of its folder, generated from what was measured."""
+"""The model card of a trained VQ model: README.md of its folder, generated from what was measured."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from codec.codebook_model import CodebookModel
+from codec.index_maps import IndexMap
+from codec.latent_model import TwoLevelModel, latent_model
 from train.card import image_lines, inline, last_parts, start_line
 from train.card_sections import licence_id, licence_lines
 from train.config import Config
@@ -26,19 +29,20 @@ def codebook_card(info: Mapping[str, Any], config: Config, network: Any, figures
         network: what was exported.
         figures: what `train.vq.export` measured.
     """
-    record, size, levels = info["training"], info["codebook_size"], network.config.get("fsq_levels")
+    model = latent_model(network)
+    assert isinstance(model, CodebookModel)
+    record, levels, two = info["training"], network.config.get("fsq_levels"), isinstance(model, TwoLevelModel)
     lines = [
         "---",
-        "library_name: diffusers",
+        f"library_name: {'latent-codec' if two else 'diffusers'}",
         f"license: {licence_id(config.export.licence)}",
         "---",
         "",
         f"# {info['name']}",
         "",
-        f"`diffusers.VQModel`, f{info['f']}, a codebook of {size} vectors of {info['latent_channels']} channels, "
-        f"widths {', '.join(map(str, network.config.block_out_channels))}; trained with latent-codec.",
+        f"{_shape(model)}, widths {', '.join(map(str, network.config.block_out_channels))}; trained with latent-codec.",
         "",
-        *(_fsq_example(levels) if levels else _example()),
+        *(_two_level_example() if two else _fsq_example(levels) if levels else _example()),
         "## Training",
         "",
         f"- data: {record['data']}; licence: {config.export.data_licence or 'not stated'}",
@@ -54,7 +58,12 @@ def codebook_card(info: Mapping[str, Any], config: Config, network: Any, figures
         "## Codebook",
         "",
         f"- quantiser: {_quantiser(info, config, levels)}",
-        *_use(size, figures),
+        *_rate(figures),
+        *(
+            line
+            for each, prefix in zip(model.maps, model.prefixes, strict=True)
+            for line in _use(each, prefix, figures)
+        ),
         "",
         "## Licence",
         "",
@@ -62,6 +71,31 @@ def codebook_card(info: Mapping[str, Any], config: Config, network: Any, figures
         "",
     ]
     return "\n".join(lines)
+
+
+def _shape(model: CodebookModel) -> str:
+    """Say which class it is, f, K and d."""
+    d = model.codebooks[0].shape[1]
+    if isinstance(model, TwoLevelModel):
+        sizes = (f"f{model.f // each.scale}, {each.codebook_size} vectors" for each in model.maps)
+        return f"`codec.two_level.TwoLevelVQModel` of two levels ({'; '.join(sizes)}) of {d} channels"
+    return f"`diffusers.VQModel`, f{model.f}, a codebook of {model.codebook_size} vectors of {d} channels"
+
+
+def _two_level_example() -> list[str]:
+    return [
+        "A coarse map of indices and a fine one (VQ-VAE-2, arXiv:1906.00446). **diffusers has no class for it, and no "
+        "pipeline loads it**; latent-codec does:",
+        "",
+        "```python",
+        "from codec.latent_model import load_latent_model",
+        'model = load_latent_model(Path("THIS_FOLDER"))',
+        "indices = model.indices(x)                      # x in [-1, 1]; (B, 5, h, w)",
+        "coarse, fine = model.grids(indices)             # (B, h, w), (B, 2h, 2w)",
+        "x_hat = model.decode_indices(indices)",
+        "```",
+        "",
+    ]
 
 
 def _example() -> list[str]:
@@ -102,8 +136,8 @@ def _quantiser(info: Mapping[str, Any], config: Config, levels: list[int] | None
     return f"{kind}: {_KINDS[kind]}{cosine}"
 
 
-def _use(size: int, figures: Mapping[str, Any]) -> list[str]:
-    """Say how much of the codebook held-out images use, and what its indices cost."""
+def _rate(figures: Mapping[str, Any]) -> list[str]:
+    """Say what indices of held-out images cost."""
     lines = [f"- indices of a fixed length: {figures['fixed_length_bpp']:.4f} bits per pixel"]
     if not figures["n_held_out"]:
         return [*lines, "- usage and perplexity: n/a, no images were held out"]
@@ -113,10 +147,18 @@ def _use(size: int, figures: Mapping[str, Any]) -> list[str]:
     )
     if "bpp" in figures:
         lines.append(f"- files of `codec encode`: {figures['bpp']:.4f} bits per pixel, {figures['n_checked']} of them")
-    per_code = f"{figures['tokens_per_code']:.3g} tokens per vector"
-    if "usage" in figures:
-        share, effective = figures["usage"], figures["perplexity"]
-        return [*lines, f"- usage {share:.1%} of {size} vectors, perplexity {effective:.4g}; {per_code}"]
-    share, effective = figures["usage_at_least"], figures["perplexity_at_least"]
+    return lines
+
+
+def _use(each: IndexMap, prefix: str, figures: Mapping[str, Any]) -> list[str]:
+    """Say how much of a map's codebook held-out images use."""
+    if not figures["n_held_out"]:
+        return []
+    own = {name.removeprefix(prefix): value for name, value in figures.items() if name.startswith(prefix)}
+    what, per_code = f"{prefix.replace('_', ' ')}usage", f"{own['tokens_per_code']:.3g} tokens per vector"
+    if "usage" in own:
+        share, effective = own["usage"], own["perplexity"]
+        return [f"- {what} {share:.1%} of {each.codebook_size} vectors, perplexity {effective:.4g}; {per_code}"]
+    share, effective = own["usage_at_least"], own["perplexity_at_least"]
     few = f"too few to tell ({ENOUGH_TOKENS} are needed)"
-    return [*lines, f"- usage n/a: at least {share:.1%}, perplexity at least {effective:.4g}, but {per_code} are {few}"]
+    return [f"- {what} n/a: at least {share:.1%}, perplexity at least {effective:.4g}, but {per_code} are {few}"]

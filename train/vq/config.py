@@ -23,7 +23,10 @@ class VQConfig:
     fixed random vectors under one learned linear map (arXiv:2411.02038); fsq: a lattice of `fsq_levels`
     (arXiv:2309.15505); lfq: the corners of a cube, with an entropy loss (arXiv:2310.05737)."""
     codebook_size: int = 1024
-    """K."""
+    """K; of the fine level where there are two."""
+    coarse_codebook_size: int = 0
+    """K of a second, coarser map, half as wide and high (VQ-VAE-2, arXiv:1906.00446); 0 = one level. All else here
+    holds for both (ema, gradient, simvq)."""
     codebook_dim: int = 0
     """d, channels of a vector; 0 = model.latent_channels (fsq: one for each level; lfq: log2 K)."""
     cosine: bool = False
@@ -61,6 +64,7 @@ class VQConfig:
         size = self.codebook_size
         require(size >= 2, "vq.codebook_size", size, ">= 2: one vector carries nothing")
         require(size <= MAX_CODES, "vq.codebook_size", size, f"<= {MAX_CODES}, what the file format can hold")
+        self._check_coarse()
         require(self.codebook_dim >= 0, "vq.codebook_dim", self.codebook_dim, ">= 0")
         for name in ("decay", "revive_below"):
             require(0 <= getattr(self, name) < 1, f"vq.{name}", getattr(self, name), "0 <= value < 1")
@@ -80,6 +84,15 @@ class VQConfig:
         )
         self._check_levels()
         self._check_bits()
+
+    def _check_coarse(self) -> None:
+        size = self.coarse_codebook_size
+        require(size != 1, "vq.coarse_codebook_size", size, "0 (one level) or >= 2: one vector carries nothing")
+        require(
+            0 <= size <= MAX_CODES, "vq.coarse_codebook_size", size, f"0..{MAX_CODES}, what the file format can hold"
+        )
+        given = f"0 with vq.kind {self.kind}: d decides about K, and both levels have the same d"
+        require(not size or self.kind in LEARNED, "vq.coarse_codebook_size", size, given)
 
     def _check_levels(self) -> None:
         levels, size = self.fsq_levels, self.codebook_size

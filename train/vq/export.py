@@ -1,10 +1,11 @@
-"""From a trained VQModel to a model folder: its codebook as it stands, how much of it is used, what indices cost.
+"""From a trained VQ model to a model folder: its codebooks as they stand, how they are used, what indices cost.
 
     network + training images -> moments of latents, indices -> tables for them; held-out images -> usage, bits, PSNR
       -> config.json, weights (diffusers) + codec.json, codec.safetensors + README.md [+ discriminator/], other formats
 
-diffusers' own quantisation of the same latents gives the same indices for every kind but fsq, whose `fsq_levels` in
-config.json say what it cannot. Entry: `export_codebook_model`.
+diffusers' own quantisation of the latents of a VQModel gives the same indices for every kind but fsq, whose
+`fsq_levels` in config.json say what it cannot. A model of two levels has its figures for each map of indices. Entry:
+`export_codebook_model`.
 """
 
 import math
@@ -58,7 +59,8 @@ def export_codebook_model(
     """Write the model folder; the counterpart of `train.export.export_model`, whose arguments these are.
 
     Returns:
-        Figures: usage and perplexity on held-out images, bits per pixel of indices, PSNR, what float16 does, the files.
+        Figures: usage and perplexity on held-out images, those of a coarse map beginning with `coarse_`; bits per pixel
+        of indices, PSNR, what float16 does, the files.
 
     Raises:
         UsageError: no training image can be read.
@@ -82,7 +84,7 @@ def export_codebook_model(
         write_discriminator(discriminator, out / DISCRIMINATOR)
     model = _model(network)  # with the new normalisation
     info = model_info(model, config, record, (len(training), len(validation)))
-    info |= {"codebook_size": model.codebook_size, "quantiser": _quantiser(model, config)}
+    info |= {**model_folder.state_maps(model.maps), "quantiser": _quantiser(model, config)}
     info |= {"statistics": measured.summary.to_json(), **measured.about()}
     _store(out, config, model, measured, info, coded=image.plain)
     figures = _figures(model, out, validation, image, bad) | {"n_bad_samples": len(bad)}
@@ -139,29 +141,34 @@ def _figures(
 ) -> dict[str, Any]:
     """Return what held-out images, whole, say of the finished folder; `bad` takes (key, reason) of the unreadable.
 
-    Bits per pixel of indices are without a file's header, "bpp" is of whole files. "counts": of the indices.
+    Bits per pixel of indices are without a file's header, "bpp" is of whole files. "counts": of each map's indices.
     """
-    codec = Codec.load(out, model.codebook.device, dtype="float32") if image.plain else None
-    counts = CodeCounts(np.zeros(model.codebook_size, np.int64))
+    device = model.codebooks[0].device
+    codec = Codec.load(out, device, dtype="float32") if image.plain else None
+    counts = CodeCounts.none(model)
     found: list[float] = []
     sizes: list[float] = []
     for _, pixels in whole_images(validation, STATISTICS_SIDE, model.f, bad, image.count):
-        indices = model.quantise(model.encode(to_float(pixels)[None].to(model.codebook.device)).mean)
-        counts += CodeCounts.of(indices, model.codebook_size)
+        indices = model.indices(to_float(pixels)[None].to(device))
+        counts = [a + b for a, b in zip(counts, CodeCounts.by_map(model, indices), strict=True)]
         found.append(image.measured(pixels, to_uint8(model.decode_indices(indices).float()[0]))["psnr"])
         if codec is not None and len(sizes) < MAX_CHECKED_IMAGES:
             sizes.append(8 * len(codec.encode(pixels)) / (pixels.shape[0] * pixels.shape[1]))
-    bits = math.ceil(math.log2(model.codebook_size)) / model.f**2
+    bits = sum(math.ceil(math.log2(each.codebook_size)) * each.scale**2 for each in model.maps) / model.f**2
     figures: dict[str, Any] = {"n_held_out": len(found), "fixed_length_bpp": bits, "counts": counts}
     if codec is not None:
         figures |= {"stream_id": codec.stream_id, "decoder_id": codec.decoder_id}
     if found:
-        figures |= counts.figures() | {"psnr": float(np.mean(found))}
+        figures |= {name: value for each in counts for name, value in each.figures().items()}
+        figures["psnr"] = float(np.mean(found))
     if sizes:
         figures |= {"bpp": float(np.mean(sizes)), "n_checked": len(sizes)}
     return figures
 
 
-def _static_bpp(measured: MeasuredIndices, held_out: CodeCounts, f: int) -> float | None:
+def _static_bpp(measured: MeasuredIndices, held_out: Sequence[CodeCounts], f: int) -> float | None:
     """Return the bits per pixel of held-out indices under the frequencies of the training's; None without any."""
-    return held_out.bits_under(CodeCounts(measured.counts[0])) / f**2 if held_out.n_tokens else None
+    if not held_out[0].n_tokens:
+        return None
+    levels = zip(held_out, measured.counts, measured.maps, strict=True)
+    return sum(counts.bits_under(CodeCounts(known)) * each.scale**2 for counts, known, each in levels) / f**2

@@ -1,7 +1,10 @@
-"""The quantiser inside the autoencoder task: its losses, what it learns once per step, and what is said of its use.
+"""A quantiser inside the autoencoder task: its losses, what it learns once per step, and what is said of its use.
 
 network + recipe -> build_quantiser -> Quantiser, a part of `train.module.AutoencoderModule`
 batches of a step -> CodebookTerms.terms -> after_step (sums over ranks, revival) | discard
+
+A network of two levels has one of each for each level (`level`: the number of its map); what is logged and said of the
+coarse one begins with its prefix.
 """
 
 from collections.abc import Mapping
@@ -31,7 +34,9 @@ _PLAIN: dict[str, Any] = {
 }
 
 
-def build_quantiser(config: VQConfig, model: CodebookModel, *, trained: bool, trains: bool) -> Quantiser:
+def build_quantiser(
+    config: VQConfig, model: CodebookModel, *, trained: bool, trains: bool, level: int = 0
+) -> Quantiser:
     """Return the quantiser of a network, and set which of the network's own vectors an optimizer moves.
 
     Args:
@@ -39,18 +44,20 @@ def build_quantiser(config: VQConfig, model: CodebookModel, *, trained: bool, tr
         model: the network; of one from somebody's folder its K, d and lattice count, not the recipe's.
         trained: whether the network's vectors are a codebook already.
         trains: whether the quantiser learns; false where the decoder is trained alone.
+        level: which of the network's maps it is for.
 
     Raises:
         UsageError: a network of one vector, or whose vectors are not those of the recipe's kind.
     """
-    size, dim, weight = model.codebook_size, model.channels, model.codebook
+    weight = model.codebooks[level]
+    size, dim = weight.shape
     if size < 2:
         raise UsageError("model.init_from: a codebook of one vector: there is nothing to learn")
     kind = "fsq" if model.fsq_levels else config.kind
     if not trains and kind != "fsq":  # whatever the vectors were trained as, the nearest one counts
         return LearnedCodebook(replace(config, **_PLAIN), size, dim, trains=False, trained=trained)
     if trained and trains:
-        _check_vectors(config, model)
+        _check_vectors(config, weight.detach(), model.fsq_levels)
     weight.requires_grad_(kind == "gradient" and trains)
     how = {"trains": trains, "trained": trained}
     if kind == "fsq":
@@ -64,11 +71,11 @@ def build_quantiser(config: VQConfig, model: CodebookModel, *, trained: bool, tr
     return LearnedCodebook(config, size, dim, **how)
 
 
-def _check_vectors(config: VQConfig, model: CodebookModel) -> None:
+def _check_vectors(config: VQConfig, weight: torch.Tensor, fsq_levels: tuple[int, ...]) -> None:
     """Raise UsageError where a folder's vectors cannot go on as the recipe's kind."""
-    kind, weight = config.kind, model.codebook.detach()
-    if model.fsq_levels:
-        good, what = kind == "fsq" and config.fsq_levels in ((), model.fsq_levels), f"fsq, {list(model.fsq_levels)}"
+    kind = config.kind
+    if fsq_levels:
+        good, what = kind == "fsq" and config.fsq_levels in ((), fsq_levels), f"fsq, {list(fsq_levels)}"
     elif kind == "lfq":
         given = corners(weight.shape[1]) if len(weight) == 1 << weight.shape[1] else weight[:0]
         good, what = torch.equal(weight.cpu(), given), "another kind: its vectors are not the corners of a cube"
@@ -86,12 +93,16 @@ class CodebookTerms:
 
     Attributes:
         quantiser: the one that is trained.
+        name: "codebook"; of a coarse level "coarse codebook".
     """
 
-    def __init__(self, quantiser: Quantiser, network: Any, health: HealthConfig) -> None:
-        """Join the parts; `network`: the VQModel that holds the vectors."""
+    def __init__(self, quantiser: Quantiser, model: CodebookModel, health: HealthConfig, level: int = 0) -> None:
+        """Join the parts; `model`: of the network that holds the vectors, as those of its map `level`."""
         self.quantiser = quantiser
-        self._network = network
+        self._model, self._level = model, level
+        self._prefix = model.prefixes[level]
+        self._words = self._prefix.replace("_", " ")
+        self.name = f"{self._words}codebook"
         self._health = health
         self._tokens = StepTokens()
 
@@ -113,7 +124,7 @@ class CodebookTerms:
         config, quantiser = self.quantiser.config, self.quantiser
         if not quantiser.trains or isinstance(quantiser, FSQ):
             return []
-        scale = "" if config.weight == 1 else f"{config.weight:g} "
+        scale = self._words + ("" if config.weight == 1 else f"{config.weight:g} ")
         if isinstance(quantiser, LFQ):
             return [f"{scale}({config.beta:g} commitment + {config.entropy_weight:g} entropy)"]
         learned = "" if isinstance(quantiser, EMACodebook) else "codebook + "
@@ -124,14 +135,16 @@ class CodebookTerms:
         self._tokens.add(codes.z, codes.indices, step.positions, codes.frequencies)
         error = (codes.z - codes.z_q.detach()).square().mean()
         spread = (codes.z - codes.z.mean((0, 2, 3), keepdim=True)).square().mean()
-        values["codebook_error"] = error / spread.clamp(min=1e-12)  # 0: exact; 1: as one vector for all
-        return codes.terms
+        values[f"{self._prefix}codebook_error"] = error / spread.clamp(min=1e-12)  # 0: exact; 1: as one vector for all
+        return {f"{self._prefix}{name}": term for name, term in codes.terms.items()}
 
     def after_step(self, values: Values, step: Step, reduce: Reduce) -> list[str]:
         """Learn from the step, see `Quantiser.update`."""
-        lines = self.quantiser.update(self._weight, self._tokens, step, reduce, values)
+        own: Values = {}
+        lines = self.quantiser.update(self._weight, self._tokens, step, reduce, own)
+        values.update({f"{self._prefix}{name}": value for name, value in own.items()})
         self._tokens.clear()
-        return lines
+        return [f"{self._words}{line}" for line in lines]
 
     def discard(self) -> None:
         """Forget the step: it is left out."""
@@ -139,24 +152,28 @@ class CodebookTerms:
 
     def after_validation(self, metrics: Mapping[str, float]) -> list[str]:
         """Return lines on a codebook that is hardly used, or of which too little was seen to tell."""
-        per_code, size = metrics.get("tokens_per_code", 0.0), self.quantiser.size
+        own = {
+            name.removeprefix(self._prefix): value for name, value in metrics.items() if name.startswith(self._prefix)
+        }
+        per_code, size = own.get("tokens_per_code", 0.0), self.quantiser.size
         if not per_code:
             return []
-        if "usage" not in metrics:
+        if "usage" not in own:
             return [
-                f"codebook: usage n/a, on {per_code:.3g} held-out tokens per vector at least "
-                f"{metrics['usage_at_least']:.1%}; {ENOUGH_TOKENS} are needed: raise data.n_validation"
+                f"{self.name}: usage n/a, on {per_code:.3g} held-out tokens per vector at least "
+                f"{own['usage_at_least']:.1%}; {ENOUGH_TOKENS} are needed: raise data.n_validation"
             ]
-        usage, least = metrics["usage"], self._health.min_usage
+        usage, least = own["usage"], self._health.min_usage
         if usage >= least:
             return []
         return [
-            f"low codebook usage: {usage:.1%} of {size} vectors, perplexity {metrics['perplexity']:.4g}, on "
+            f"low {self.name} usage: {usage:.1%} of {size} vectors, perplexity {own['perplexity']:.4g}, on "
             f"{per_code:.3g} held-out tokens per vector; below health.min_usage = {least:g}; nothing is done about it: "
             "see docs/vq.md"
         ]
 
     @property
     def _weight(self) -> torch.nn.Parameter:
-        weight: torch.nn.Parameter = self._network.quantize.embedding.weight
+        weight = self._model.codebooks[self._level]
+        assert isinstance(weight, torch.nn.Parameter)
         return weight

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from codec.codebook_model import CodebookModel
+
 ENOUGH_TOKENS = 16  # per code; with fewer a codebook looks less used than it is
 
 
@@ -14,17 +16,31 @@ class CodeCounts:
 
     Attributes:
         counts: (K,) int64.
+        prefix: what the names of its figures begin with, where there are several codebooks.
     """
 
     counts: np.ndarray
+    prefix: str = ""
 
     @classmethod
-    def of(cls, indices: torch.Tensor, size: int) -> "CodeCounts":
+    def of(cls, indices: torch.Tensor, size: int, prefix: str = "") -> "CodeCounts":
         """Count indices, int64 of any shape in [0, K)."""
-        return cls(np.bincount(indices.flatten().cpu().numpy(), minlength=size))
+        return cls(np.bincount(indices.flatten().cpu().numpy(), minlength=size), prefix)
+
+    @classmethod
+    def by_map(cls, model: CodebookModel, indices: torch.Tensor) -> list["CodeCounts"]:
+        """Count the indices of each map of a model, (B, h, w) or (B, C, h, w) int64 as it gives them."""
+        levels = zip(model.grids(indices), model.maps, model.prefixes, strict=True)
+        return [cls.of(grid, each.codebook_size, prefix) for grid, each, prefix in levels]
+
+    @classmethod
+    def none(cls, model: CodebookModel) -> list["CodeCounts"]:
+        """Return counts of nothing for each map of a model."""
+        pairs = zip(model.maps, model.prefixes, strict=True)
+        return [cls(np.zeros(each.codebook_size, np.int64), prefix) for each, prefix in pairs]
 
     def __add__(self, other: "CodeCounts") -> "CodeCounts":
-        return CodeCounts(self.counts + other.counts)
+        return CodeCounts(self.counts + other.counts, self.prefix)
 
     @property
     def n_tokens(self) -> int:
@@ -59,9 +75,9 @@ class CodeCounts:
         """Return tokens per code, usage and perplexity, as bounds from below where the tokens are too few."""
         bound = "" if self.tokens_per_code >= ENOUGH_TOKENS else "_at_least"
         return {
-            "tokens_per_code": self.tokens_per_code,
-            f"usage{bound}": self.usage,
-            f"perplexity{bound}": self.perplexity,
+            f"{self.prefix}tokens_per_code": self.tokens_per_code,
+            f"{self.prefix}usage{bound}": self.usage,
+            f"{self.prefix}perplexity{bound}": self.perplexity,
         }
 
 
