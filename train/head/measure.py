@@ -8,7 +8,7 @@ What is random belongs to a sample's key. Entry: `measure`. Imports torch.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -259,11 +259,11 @@ def _reconstructed(
     ]
     if engine is None:
         return tallies, None
-    noise = tuple(held.normal(some, shape, f"draw {shape}", device) for shape in network.unit_shapes)
-    choice = held.uniform(some, "choice").to(device)
-    drawn = network.decode(network.draw_units(c, hidden, noise, choice), c, hidden, drawing)
     shown = slice(0, _SHOWN)
-    images = [[_decoded(engine, held, one) for one in part] for part in (z, right, wrong, drawn[shown])]
+    noise = tuple(held.normal(some[shown], shape, f"draw {shape}", device) for shape in network.unit_shapes)
+    units = network.draw_units(c[shown], hidden[shown], noise, held.uniform(some[shown], "choice").to(device))
+    drawn = network.decode(units, c[shown], hidden[shown], replace(drawing, noise=drawing.noise[shown]))
+    images = [[_decoded(engine, held, one) for one in part] for part in (z, right, wrong, drawn)]
     for tally, real, good, bad in zip(tallies, *images[:3], strict=True):
         x = to_float(real)
         errors = [float((to_float(each) - x).square().mean()) for each in (good, bad)]
