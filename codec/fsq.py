@@ -21,11 +21,31 @@ def bounded(z: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
         (B, D, ...) whose rounding lies in [-(L // 2), (L - 1) // 2].
     """
     # Mentzer et al. 2023 eq. 2 and appendix A.1, arXiv:2309.15505
-    shape = (1, -1, *[1] * (z.ndim - 2))
-    count = torch.tensor(levels, dtype=z.dtype, device=z.device).reshape(shape)
-    half = (count - 1) * (1 + _SLACK) / 2
-    offset = 0.5 * (1 - count % 2)
+    half, offset = _halves(z, levels)
     return torch.tanh(z + torch.atanh(offset / half)) * half - offset
+
+
+def excess(z: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
+    """Return how far latents lie beyond the middle of the outermost cells, in units of z; 0 within. Differentiable.
+
+    Out there tanh is flat: latents that wander off have no gradient that would bring them back.
+
+    Args:
+        z: (B, D, ...) raw latents.
+        levels: D numbers >= 2.
+
+    Returns:
+        (B, D, ...) >= 0.
+    """
+    half, offset = _halves(z, levels)
+    middle = torch.atanh((half - 0.25) / half)  # the outermost cell is half a unit wide
+    return ((z + torch.atanh(offset / half)).abs() - middle).clamp(min=0)
+
+
+def _halves(z: torch.Tensor, levels: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return half the width of all cells, and what an even number of them is moved by; each (1, D, 1 ...)."""
+    count = torch.tensor(levels, dtype=z.dtype, device=z.device).reshape(1, -1, *[1] * (z.ndim - 2))
+    return (count - 1) * (1 + _SLACK) / 2, 0.5 * (1 - count % 2)
 
 
 def cells(z: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:

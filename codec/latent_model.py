@@ -6,12 +6,14 @@ The networks are diffusers' own classes, but for `codec.two_level.TwoLevelVQMode
 Another family is another adapter and one more row in `codec.adapters.ADAPTERS`.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 
@@ -43,12 +45,23 @@ __all__ = [
     "TinyModel",
     "TwoLevelModel",
     "decoder_id",
+    "encoder_id",
     "latent_model",
     "load_latent_model",
     "load_network",
+    "normalisation_from_json",
+    "normalisation_to_json",
 ]
 
-
+# Fields of diffusers' configs that decide what an encoder computes and that the shapes of its tensors do not show.
+_ENCODER_FIELDS = (
+    "_class_name", "act_fn", "attention_head_dim", "down_block_types", "downsample_block_type", "encoder_act_fns",
+    "encoder_block_types", "encoder_norm_types", "encoder_qkv_multiscales", "norm_num_groups", "norm_type",
+)  # fmt: skip
+# Beginnings of the encoder's tensors' names; fine latents of a model of two levels follow from its coarse codes.
+_ENCODER_PARTS = (
+    "encoder.", "quant_conv.", "coarse_encoder.", "coarse_quant_conv.", "coarse_quantize.", "coarse_decoder.",
+)  # fmt: skip
 _RGB_ONLY = " (the codec codes RGB, and alpha without loss beside it; others are for training and for pipelines)"
 
 
@@ -118,6 +131,41 @@ def decoder_id(network: torch.nn.Module) -> str:
     tensors = {name: tensor.float().cpu().numpy() for name, tensor in network.state_dict().items()}
     config: Any = network.config
     return model_folder.decoder_digest(dict(config) | {"_class_name": type(network).__name__}, tensors)
+
+
+def encoder_id(network: torch.nn.Module) -> str:
+    """Return what tells encoders apart: 16 hex digits, SHA-256 over config and encoder tensors.
+
+    Tensors count as float16, so that the float32 and the float16 folder of a model agree.
+    """
+    config: Any = network.config
+    fields = {name: config[name] for name in _ENCODER_FIELDS if name in config} | {
+        "_class_name": type(network).__name__
+    }
+    sha = hashlib.sha256(b"latent-codec encoder 0")
+    sha.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        if name.startswith(_ENCODER_PARTS):
+            values = tensor.detach().float().cpu().numpy()
+            with np.errstate(over="ignore"):  # beyond float16 is inf on both sides
+                sha.update(name.encode() + b"\0" + np.ascontiguousarray(values, dtype="<f2").tobytes())
+    return sha.hexdigest()[:16]
+
+
+def normalisation_to_json(normalisation: Normalisation) -> dict[str, Any]:
+    """Return a normalisation as plain JSON values, with the formula."""
+    values = {"shift": normalisation.shift, "scale": normalisation.scale}
+    plain = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+    return {"formula": "(raw - shift) * scale; lists are (D, p, p), repeated over the grid", **plain}
+
+
+def normalisation_from_json(found: Mapping[str, Any]) -> Normalisation:
+    """Undo `normalisation_to_json`."""
+    shift, scale = (
+        torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else float(value)
+        for value in (found["shift"], found["scale"])
+    )
+    return Normalisation(shift, scale)
 
 
 def load_latent_model(

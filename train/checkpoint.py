@@ -160,7 +160,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 _SHAPING = (
     "task", "model", "adversarial.channels", "adversarial.layers", "adversarial.norm", "rate.components",
     "loss.learned_scale", "latents.alignment", "vq.kind", "vq.codebook_size", "vq.coarse_codebook_size",
-    "vq.codebook_dim", "vq.cosine", "vq.fsq_levels", "prior.width", "prior.depth",
+    "vq.codebook_dim", "vq.cosine", "vq.fsq_levels", "prior.width", "prior.depth", "head",
+    "objective.kind", "objective.critic_width",
 )  # fmt: skip
 _PRESENCE = ("adversarial.weight", "rate.probability", "latents.alignment_weight")  # on or off
 # What changes nothing that a resumed run computes, besides where it ends.

@@ -14,6 +14,7 @@ from train.bench_cli import bench_command
 from train.cache.cli import cache_bench_command, cache_command
 from train.drift_cli import drift_command
 from train.export_cli import export_command
+from train.head.config import HeadConfig
 from train.importing.cli import import_command
 from train.prior.config import PriorConfig
 from train.prior.sample_cli import sample_command
@@ -61,12 +62,18 @@ def run(
         return Exit.OK
 
     # After the config is known to be good: torch takes seconds to import.
+    from train.head.run import run as run_head
     from train.prior.run import run as run_prior
     from train.run import run as run_autoencoder
     from train.trainer import Preempted, TrainingError
 
     try:
-        figures = run_prior(config) if isinstance(config, PriorConfig) else run_autoencoder(config)
+        if isinstance(config, PriorConfig):
+            figures = run_prior(config)
+        elif isinstance(config, HeadConfig):
+            figures = run_head(config)
+        else:
+            figures = run_autoencoder(config)
     except TrainingError as exception:
         console.error(str(exception))
         return Exit.SOME_FAILED

@@ -17,12 +17,13 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from codec.files import write_atomic
+from codec.rectified_flow import Velocity, guided, mix, training_times
 from eval.draws import generator
 from train import draws
 from train.checks import require
 from train.config import OptimConfig, RunConfig
 from train.denoiser_feed import LatentSet
-from train.denoiser_flow import N_BINS, Velocity, guided, marginal_velocity, measured_times, mix, training_times
+from train.denoiser_flow import N_BINS, marginal_velocity, measured_times
 from train.loss_config import AdversarialConfig
 from train.task import Step, Terms, Values
 
@@ -130,7 +131,7 @@ class DenoiserModule(nn.Module):
 
 
 def velocity_of(network: nn.Module, labels: torch.Tensor, n_classes: int, guidance: float = 1.0) -> Velocity:
-    """Return what `denoiser_flow.sample` follows.
+    """Return what `codec.rectified_flow.sample` follows.
 
     Args:
         network: a DenoiserModule.

@@ -4,6 +4,7 @@ Imports torch only when it works.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -76,15 +77,17 @@ def export_command(
 
     Example: codec-train export runs/first -o first-vae --fp16 --onnx
     """
-    if _is_prior_run(source):
+    kind = _kind_of_run(source)
+    if kind in ("prior", "head"):
         if single_file or fp16 or onnx or preview or licence or force:
-            raise UsageError(f"{source}: a run of a prior, which has one format; only -o applies")
+            raise UsageError(f"{source}: a run of a {kind}, which has one format; only -o applies")
         from train.export_folder import check_empty
+        from train.head.run import export as export_head
         from train.prior.run import export as export_prior
 
         if out is not None:
             check_empty(out)
-        print(json.dumps(export_prior(source, out), indent=2))
+        print(json.dumps((export_prior if kind == "prior" else export_head)(source, out), indent=2))
         return Exit.OK
 
     from codec.engine import pick_device  # torch takes seconds to import
@@ -117,10 +120,11 @@ def export_command(
     return Exit.SOME_FAILED if bad else Exit.OK
 
 
-def _is_prior_run(source: Path) -> bool:
-    """Whether a path is the run folder of a prior, or a checkpoint in it."""
+def _kind_of_run(source: Path) -> str:
+    """Return the task of a run folder, or of a checkpoint in one; "" for anything else."""
     config = (source.parent.parent if source.is_file() else source) / "config.json"
-    return config.is_file() and b'"task": "prior"' in config.read_bytes()
+    found = re.search(rb'"task": "(\w+)"', config.read_bytes()) if config.is_file() else None
+    return "" if found is None else found[1].decode()
 
 
 def _is_model(source: Path) -> bool:

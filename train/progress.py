@@ -71,7 +71,7 @@ def brief(values: Values) -> str:
     """The weighted terms, short enough for a progress bar of 80 columns; log.jsonl has them in full."""
     shown = [
         name
-        for name in ("l1", "l2", "huber", "bce", "perceptual", "ms_ssim", "kl", "rate", "vq", "commitment")
+        for name in ("l1", "l2", "huber", "bce", "perceptual", "ms_ssim", "kl", "rate", "vq", "commitment", "error")
         if name in values
     ]
     return " ".join(f"{name[:4]} {values[name]:.2f}" for name in shown) + f" {values.get('phase', '')}"

@@ -14,10 +14,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from codec.errors import UsageError
 from train.checks import require
 from train.config import Config
+from train.head.config import HeadConfig
 from train.prior.config import PriorConfig
 
-AnyConfig = Config | PriorConfig
-CONFIGS: dict[str, type[Any]] = {"autoencoder": Config, "prior": PriorConfig}
+AnyConfig = Config | HeadConfig | PriorConfig
+CONFIGS: dict[str, type[Any]] = {"autoencoder": Config, "prior": PriorConfig, "head": HeadConfig}
 """task -> what its recipes set."""
 
 

@@ -3,8 +3,9 @@
 So neither ranks nor batches change what stands where, and a run is resumed by its position alone.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ import numpy as np
 from train.bad_samples import BadSamples
 
 ORDER, MIRROR = 0, 23  # streams of `train.draws`
+
+
+def hold_out(sha256s: Iterable[str], n: int) -> set[str]:
+    """Return the n images of a set that are only measured on, by the hash of their bytes: all crops and copies of one
+    are on one side."""
+    return set(sorted(set(sha256s), key=lambda sha256: hashlib.sha256(b"validation" + sha256.encode()).digest())[:n])
 
 
 class SetFeed(ABC):

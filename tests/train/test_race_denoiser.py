@@ -1,5 +1,6 @@
 """The denoiser of a race and its task: the maths of the flow, equal weights, a feed by position, and that it learns."""
 
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from codec.rectified_flow import bound_times, density_bound, guided, mix, sample, training_times
 from train.config import OptimConfig, RunConfig
 from train.denoiser import DenoiserConfig, DenoiserModule, DenoiserRun, DenoiserTask, build_network, measure
 from train.denoiser_feed import LatentFeed, LatentSet
-from train.denoiser_flow import guided, marginal_velocity, measured_times, mix, sample, training_times
+from train.denoiser_flow import marginal_velocity, measured_times
 from train.trainer import Trainer
 
 TINY = DenoiserConfig(width=32, depth=1)
@@ -46,6 +48,33 @@ def test_samples_of_the_exact_velocity_have_the_distribution_of_the_latents() ->
     z = sample(lambda z, t: marginal_velocity(z, t, mean, std), torch.randn(400, 2, 4, 4), 100)
     torch.testing.assert_close(z.mean((0, 2, 3)), mean, atol=0.06, rtol=0)
     torch.testing.assert_close(z.std((0, 2, 3)), std, atol=0.05, rtol=0)
+
+
+def test_heun_needs_fewer_steps_than_euler() -> None:
+    mean, std = torch.tensor([1.0]), torch.tensor([0.3])
+    noise = torch.randn(50, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+
+    def wrong(n_steps: int, heun: bool) -> float:
+        z = sample(lambda z, t: marginal_velocity(z, t, mean, std), noise, n_steps, heun=heun)
+        return float((z - (mean + std * noise)).abs().max())  # where the exact flow leads
+
+    assert wrong(20, True) < 0.3 * wrong(40, False)
+
+
+@pytest.mark.parametrize("std", [0.3, 1.0, 2.5])
+def test_the_best_velocity_meets_the_bound_of_the_density(std: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    mean, deviation = torch.tensor([0.7]), torch.tensor([std])
+    z = mean + deviation * torch.randn(4000, 1, 16, 16, generator=rng)
+    t = bound_times((torch.arange(4000) + torch.rand(4000, generator=rng)) / 4000)
+    z_t, velocity = mix(z, torch.randn(z.shape, generator=rng), t)
+    found = [
+        float(density_bound((predicted - velocity).square().mean((1, 2, 3)), t).mean())
+        for predicted in (marginal_velocity(z_t, t, mean, deviation), marginal_velocity(z_t, t, mean, 1.2 * deviation))
+    ]
+    entropy = math.log(std) + 0.5 * math.log(2 * math.pi * math.e)
+    assert found[0] == pytest.approx(entropy, abs=0.025)
+    assert found[1] > found[0] + 0.01
 
 
 def test_nothing_linear_in_single_elements_predicts_better_than_the_marginal_velocity() -> None:

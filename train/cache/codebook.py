@@ -16,8 +16,7 @@ import torch
 
 from codec import model_folder
 from codec.errors import ModelError
-from codec.latent_model import CodebookModel, decoder_id, latent_model, load_network
-from train.cache.model import encoder_id
+from codec.latent_model import CodebookModel, decoder_id, encoder_id, latent_model, load_network
 
 VECTORS = "codebook.npy"
 """File in a cache of indices: the (K, d) float32 vectors that they number."""

@@ -6,8 +6,6 @@
 Imports torch and diffusers.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,23 +22,16 @@ from codec.latent_model import (
     LatentModel,
     Normalisation,
     decoder_id,
+    encoder_id,
     latent_model,
     load_network,
+    normalisation_from_json,
+    normalisation_to_json,
 )
 from codec.model_folder import ModelFolder
 from codec.pixels import to_float
 from train.cache.moments import Moments, Sides
 from train.cache.tokens import Tokens
-
-# Fields of diffusers' configs that decide what an encoder computes and that the shapes of its tensors do not show.
-_ENCODER_FIELDS = (
-    "_class_name", "act_fn", "attention_head_dim", "down_block_types", "downsample_block_type", "encoder_act_fns",
-    "encoder_block_types", "encoder_norm_types", "encoder_qkv_multiscales", "norm_num_groups", "norm_type",
-)  # fmt: skip
-# Beginnings of the encoder's tensors' names; fine latents of a model of two levels follow from its coarse codes.
-_ENCODER_PARTS = (
-    "encoder.", "quant_conv.", "coarse_encoder.", "coarse_quant_conv.", "coarse_quantize.", "coarse_decoder.",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,53 +96,23 @@ class CacheModel:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        shift, scale = (_listed(values) for values in (self.normalisation.shift, self.normalisation.scale))
-        formula = "(raw - shift) * scale; lists are (D, p, p), repeated over the grid"
         return {
             **{name: value for name, value in vars(self).items() if name not in ("normalisation", "posterior_std")},
             "posterior_std": list(self.posterior_std),
-            "normalized": {"formula": formula, "shift": shift, "scale": scale},
+            "normalized": normalisation_to_json(self.normalisation),
         }
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "CacheModel":
         """Undo `to_json`."""
         values = {name: found[name] for name in cls.__dataclass_fields__ if name not in ("normalisation",)}
-        shift, scale = (_unlisted(found["normalized"][name]) for name in ("shift", "scale"))
         values["posterior_std"] = tuple(values["posterior_std"])
-        return cls(**values, normalisation=Normalisation(shift, scale))
+        return cls(**values, normalisation=normalisation_from_json(found["normalized"]))
 
 
 def _deviation(model: LatentModel) -> float:
     z = torch.zeros(1, model.channels, 8, 8, dtype=torch.float64)
     return float((model.denormalize(z + 1) - model.denormalize(z)).square().mean().sqrt())
-
-
-def _listed(values: float | torch.Tensor) -> Any:
-    return values.tolist() if isinstance(values, torch.Tensor) else values
-
-
-def _unlisted(values: Any) -> float | torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64) if isinstance(values, list) else float(values)
-
-
-def encoder_id(network: torch.nn.Module) -> str:
-    """Return what tells encoders apart: 16 hex digits, SHA-256 over config and encoder tensors.
-
-    Tensors count as float16, so that the float32 and the float16 folder of a model agree.
-    """
-    config: Any = network.config
-    fields = {name: config[name] for name in _ENCODER_FIELDS if name in config} | {
-        "_class_name": type(network).__name__
-    }
-    sha = hashlib.sha256(b"latent-codec encoder 0")
-    sha.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        if name.startswith(_ENCODER_PARTS):
-            values = tensor.detach().float().cpu().numpy()
-            with np.errstate(over="ignore"):  # beyond float16 is inf on both sides
-                sha.update(name.encode() + b"\0" + np.ascontiguousarray(values, dtype="<f2").tobytes())
-    return sha.hexdigest()[:16]
 
 
 def require_same_encoder(cache: Path, made_with: CacheModel, model: "str | Path | torch.nn.Module") -> None:

@@ -20,7 +20,7 @@ from train.cache.codebook import Codebook
 from train.cache.dataset import labels_of
 from train.cache.reader import CacheReader
 from train.prior.config import TokenDataConfig
-from train.set_feed import MIRROR, SetFeed
+from train.set_feed import MIRROR, SetFeed, hold_out
 
 _SMOOTHING = 0.5  # added to each count (Krichevsky & Trofimov 1981): an index unseen in training may be met
 
@@ -120,7 +120,7 @@ def load_data(config: TokenDataConfig) -> TokenData:
         held_out = _read(other, classes, mirror=False)
         hashes = set(held_out.sha256)
     else:
-        hashes = set(sorted(set(training.sha256), key=_by_hash)[: config.n_validation])
+        hashes = hold_out(training.sha256, config.n_validation)
         held_out = training.some([n for n, sha256 in enumerate(training.sha256) if sha256 in hashes])
     kept = [n for n, sha256 in enumerate(training.sha256) if sha256 not in hashes]
     if not kept or not len(held_out):
@@ -135,10 +135,6 @@ def load_data(config: TokenDataConfig) -> TokenData:
         size=int(reader.header["settings"]["preprocessing"]["size"]),
         n_dropped=(len(training) - len(kept)) if config.validation_cache else 0,
     )
-
-
-def _by_hash(sha256: str) -> bytes:
-    return hashlib.sha256(b"validation" + sha256.encode()).digest()
 
 
 def _read(reader: CacheReader, classes: Sequence[str], mirror: bool) -> TokenSet:

@@ -21,6 +21,7 @@ from diffusers import DiTTransformer2DModel
 from codec.engine import Engine
 from codec.errors import ModelError, NonFiniteError
 from codec.pixels import to_float
+from codec.rectified_flow import sample
 from eval.autoencoder import Autoencoder
 from eval.draws import generator
 from train.checkpoint import Checkpoints
@@ -28,7 +29,6 @@ from train.checks import require
 from train.config import OptimConfig, RunConfig
 from train.denoiser import HEAD, DenoiserConfig, DenoiserModule, DenoiserRun, DenoiserTask, measure, velocity_of
 from train.denoiser_feed import LatentFeed, LatentSet
-from train.denoiser_flow import sample
 from train.race.data import Picture, Pictures
 from train.ranks import Ranks
 from train.trainer import Trainer

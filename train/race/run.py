@@ -25,11 +25,11 @@ from accelerate import Accelerator
 from codec.console import progress, stderr
 from codec.errors import ModelError, UsageError
 from codec.files import write_atomic
+from codec.rectified_flow import mix
 from eval.autoencoder import Autoencoder, file_hashes
 from eval.protocol import differences
 from eval.results import finite, read_json
 from train.denoiser import CONVENTION, DenoiserConfig, DenoiserModule, build_network
-from train.denoiser_flow import mix
 from train.precision import autocast
 from train.race.data import Pictures
 from train.race.entrant import Entrant, RaceConfig

@@ -20,7 +20,12 @@ _LEAST_VARIANCE = 1e-3  # of the largest one
 
 
 class FSQ(Quantiser):
-    """Finite scalar quantisation: each channel is squashed and rounded; formulas in `codec.fsq`. No loss of its own."""
+    """Finite scalar quantisation: each channel is squashed and rounded; formulas in `codec.fsq`.
+
+    The paper has no loss of its own for it, and large steps then carry latents to where tanh is flat, for good: all of
+    them lie in the corners. Here a commitment holds them: beta * the squared distance beyond the middle of the outermost
+    cells (mean over B, d, h, w), which is 0 for all others.
+    """
 
     def __init__(self, config: VQConfig, levels: tuple[int, ...], size: int, *, trains: bool) -> None:
         """Prepare; see `Quantiser`; `levels`: of each channel, product K."""
@@ -32,7 +37,11 @@ class FSQ(Quantiser):
         bounded = fsq.bounded(z, self.levels) / halves
         indices = fsq.to_index(fsq.cells(z.detach(), self.levels), self.levels)
         chosen = F.embedding(indices, weight).movedim(-1, 1).contiguous()
-        return Codes(z_q=straight_through(bounded, chosen), z=bounded.detach(), indices=indices)
+        terms = {}
+        if self.trains:
+            beyond = fsq.excess(z, self.levels).square().mean()
+            terms["commitment"] = self.config.weight * self.config.beta * beyond
+        return Codes(z_q=straight_through(bounded, chosen), z=bounded.detach(), indices=indices, terms=terms)
 
 
 class LFQ(Quantiser):

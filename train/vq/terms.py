@@ -122,12 +122,12 @@ class CodebookTerms:
     def loss(self) -> list[str]:
         """Return the terms with their weights."""
         config, quantiser = self.quantiser.config, self.quantiser
-        if not quantiser.trains or isinstance(quantiser, FSQ):
+        if not quantiser.trains:
             return []
         scale = self._words + ("" if config.weight == 1 else f"{config.weight:g} ")
         if isinstance(quantiser, LFQ):
             return [f"{scale}({config.beta:g} commitment + {config.entropy_weight:g} entropy)"]
-        learned = "" if isinstance(quantiser, EMACodebook) else "codebook + "
+        learned = "" if isinstance(quantiser, EMACodebook | FSQ) else "codebook + "
         return [f"{scale}({learned}{config.beta:g} commitment)"]
 
     def terms(self, codes: Codes, step: Step, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
