@@ -35,6 +35,19 @@ def test_every_cell_is_reached_and_its_vector_is_the_rounded_latent() -> None:
     assert torch.equal(fsq.codebook(LEVELS)[index].movedim(-1, 1), fsq.bounded(z, LEVELS).round() / halves)
 
 
+def test_excess_begins_in_the_middle_of_the_outermost_cells() -> None:
+    z = torch.linspace(-6, 6, 2401).repeat(3, 1)[None, :, :, None]
+    cells, beyond = fsq.cells(z, LEVELS)[0, :, :, 0], fsq.excess(z, LEVELS)[0, :, :, 0]
+    for channel, level in enumerate(LEVELS):
+        outermost = (cells[channel] == 0) | (cells[channel] == level - 1)
+        assert bool((beyond[channel][~outermost] == 0).all())
+        assert 0 < int((outermost & (beyond[channel] == 0)).sum()) < int(outermost.sum())
+    bounded = fsq.bounded(z, (4, 4, 4))[0, 0, :, 0]
+    inside = fsq.excess(z, (4, 4, 4))[0, 0, :, 0] == 0
+    assert bounded[inside].min().item() == pytest.approx(-1.75, abs=0.01)  # cells -2, -1, 0, 1 end at -2 and at 1
+    assert bounded[inside].max().item() == pytest.approx(0.75, abs=0.01)
+
+
 def test_a_folder_with_levels_is_read_as_such_and_decodes_what_its_indices_say(tmp_path: Path) -> None:
     network = small_vq(LEVELS, 60)
     network.save_pretrained(tmp_path)

@@ -24,7 +24,7 @@ from train.networks import build_network
 from train.task import Step, Values
 from train.vq.config import VQConfig
 from train.vq.kmeans import kmeans, nearest
-from train.vq.lattice import LFQ, corners, whiten
+from train.vq.lattice import FSQ, LFQ, corners, whiten
 from train.vq.learned import SimVQCodebook
 from train.vq.quantiser import Quantiser, rotated_through, straight_through
 from train.vq.terms import CodebookTerms, build_quantiser
@@ -196,6 +196,20 @@ def test_the_entropy_loss_wants_sure_latents_and_all_corners() -> None:
     codes = quantiser(crowd, corners(3))
     (spread,) = torch.autograd.grad(codes.terms["entropy"] - quantiser._soft(crowd)[1], crowd)
     assert bool((spread > 0).all())
+
+
+def test_fsq_draws_back_latents_that_its_squashing_has_no_gradient_for() -> None:
+    vq = KINDS["fsq"]
+    quantiser = FSQ(vq, vq.fsq_levels, vq.codebook_size, trains=True)
+    z = torch.tensor([-9.0, -0.3, 0.3, 9.0]).reshape(1, 1, 2, 2).repeat(1, 2, 1, 1).requires_grad_()
+    codes = quantiser(z, fsq.codebook(vq.fsq_levels))
+    (through,) = torch.autograd.grad(codes.z_q.sum(), z, retain_graph=True)
+    (back,) = torch.autograd.grad(codes.terms["commitment"], z)
+    far = z.detach().abs() > 1
+    assert bool((through[far] < 1e-6).all())
+    assert bool((through[~far] > 0.1).all())
+    assert torch.equal(back.sign(), torch.where(far, z.detach().sign(), 0.0))
+    assert not FSQ(vq, vq.fsq_levels, vq.codebook_size, trains=False)(z, fsq.codebook(vq.fsq_levels)).terms
 
 
 def test_lfq_splits_many_bits_into_groups() -> None:

@@ -86,7 +86,7 @@ def test_each_kind_trains_logs_and_validates(kind: str, runs: Runs) -> None:
     assert validation["tokens_per_code"] >= 16
     assert 0 < validation["perplexity"] <= validation["usage"] * size + 1e-3
     assert validation["raw_perplexity"] > 0
-    term = {"fsq": "l1", "gradient": "vq", "cosine by gradient": "vq", "simvq": "vq"}.get(kind, "commitment")
+    term = {"gradient": "vq", "cosine by gradient": "vq", "simvq": "vq"}.get(kind, "commitment")
     assert term in steps[-1]
     assert ("grad_entropy" in steps[-1]) == (kind == "lfq")
 

@@ -22,9 +22,9 @@ _LEAST_VARIANCE = 1e-3  # of the largest one
 class FSQ(Quantiser):
     """Finite scalar quantisation: each channel is squashed and rounded; formulas in `codec.fsq`.
 
-    The paper has no loss of its own for it, and large steps then carry latents to where tanh is flat, for good: all of
-    them lie in the corners. Here a commitment holds them: beta * the squared distance beyond the middle of the outermost
-    cells (mean over B, d, h, w), which is 0 for all others.
+    The paper has no loss of its own for it. Large steps then carry latents to where tanh is flat, for good, and all lie
+    in the corners. Here a commitment holds them: beta * the squared distance beyond the middle of the outermost cells
+    (mean over B, d, h, w).
     """
 
     def __init__(self, config: VQConfig, levels: tuple[int, ...], size: int, *, trains: bool) -> None:
