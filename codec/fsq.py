@@ -22,7 +22,7 @@ def bounded(z: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
     """
     # Mentzer et al. 2023 eq. 2 and appendix A.1, arXiv:2309.15505
     half, offset = _halves(z, levels)
-    return torch.tanh(z + torch.atanh(offset / half)) * half - offset
+    return torch.tanh(centred(z, levels)) * half - offset
 
 
 def excess(z: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
@@ -37,9 +37,15 @@ def excess(z: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
     Returns:
         (B, D, ...) >= 0.
     """
-    half, offset = _halves(z, levels)
+    half, _ = _halves(z, levels)
     middle = torch.atanh((half - 0.25) / half)  # the outermost cell is half a unit wide
-    return ((z + torch.atanh(offset / half)).abs() - middle).clamp(min=0)
+    return (centred(z, levels).abs() - middle).clamp(min=0)
+
+
+def centred(z: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
+    """Return latents moved so that 0 is the middle of the lattice, of the same shape."""
+    half, offset = _halves(z, levels)
+    return z + torch.atanh(offset / half)
 
 
 def _halves(z: torch.Tensor, levels: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -212,6 +212,30 @@ def test_fsq_draws_back_latents_that_its_squashing_has_no_gradient_for() -> None
     assert not FSQ(vq, vq.fsq_levels, vq.codebook_size, trains=False)(z, fsq.codebook(vq.fsq_levels)).terms
 
 
+@pytest.mark.parametrize("size", [0.3, 3.0])
+def test_the_spread_loss_of_fsq_wants_independent_latents_of_variance_1(size: float) -> None:
+    """Through the batch's own moments, weighted by the distance of the running ones."""
+    vq = replace(KINDS["fsq"], spread_weight=0.5)
+    learner = Learner(vq, 4)
+    z = size * latents(0, channels=2)
+    z[:, 1] = 0.8 * z[:, 0] + 0.2 * z[:, 1]
+    for number in range(200):
+        learner.see(z, range(2))
+        learner.learn(step_at(number))
+    flat = torch.cat([fsq.centred(z, vq.fsq_levels).movedim(1, -1).reshape(-1, 2), torch.ones(z[:, 0].numel(), 1)], 1)
+    moments = flat.T @ flat / len(flat)
+    torch.testing.assert_close(learner.quantiser.moments, moments, rtol=1e-4, atol=1e-4)
+    z = z.requires_grad_()
+    term = learner.quantiser(z, learner.weight).terms["spread"]
+    assert term.item() == pytest.approx(0.5 * 0.5 * float((moments - torch.eye(3)).square().sum()) / 2, rel=1e-3)
+    (gradient,) = torch.autograd.grad(term, z)
+    after = (z - 0.1 * len(flat) * gradient).detach()
+    off = [float((torch.cov(each.movedim(1, 0).flatten(1)) - torch.eye(2)).norm()) for each in (z.detach(), after)]
+    assert off[1] < off[0]
+    grows = (gradient * fsq.centred(z, vq.fsq_levels)).sum() < 0
+    assert bool(grows) == (size < 1)
+
+
 def test_lfq_splits_many_bits_into_groups() -> None:
     quantiser = LFQ(VQConfig(kind="lfq", codebook_size=1 << 13), 1 << 13, trains=True)
     batch, unsure = quantiser._soft(latents(0, channels=13))

@@ -53,6 +53,9 @@ class VQConfig:
     0 = never (ema, gradient)."""
     fsq_levels: tuple[int, ...] = ()
     """Levels of each channel (fsq); their product is K."""
+    spread_weight: float = 0.1
+    """Weight of fsq's spread loss: 0.5 * squared distance of the second moments of the latents, (D + 1)^2 with their
+    means, from those of independent standard normal ones, / D."""
     entropy_weight: float = 0.1
     """Weight of lfq's entropy loss: mean entropy of a latent's corner - diversity * entropy of all corners, nats."""
     entropy_temperature: float = 1.0
@@ -68,7 +71,7 @@ class VQConfig:
         require(self.codebook_dim >= 0, "vq.codebook_dim", self.codebook_dim, ">= 0")
         for name in ("decay", "revive_below"):
             require(0 <= getattr(self, name) < 1, f"vq.{name}", getattr(self, name), "0 <= value < 1")
-        for name in ("beta", "weight", "entropy_weight", "diversity", "kmeans_iterations"):
+        for name in ("beta", "weight", "spread_weight", "entropy_weight", "diversity", "kmeans_iterations"):
             require(getattr(self, name) >= 0, f"vq.{name}", getattr(self, name), ">= 0")
         require(self.kmeans_tokens >= 1, "vq.kmeans_tokens", self.kmeans_tokens, ">= 1")
         require(self.entropy_temperature > 0, "vq.entropy_temperature", self.entropy_temperature, "> 0")

@@ -17,31 +17,63 @@ from train.vq.tokens import Reduce, StepTokens
 
 _GROUP_BITS = 10  # whose joint frequencies are kept
 _LEAST_VARIANCE = 1e-3  # of the largest one
+_MOMENTS_RATE = 0.1  # of running second moments: a few steps tell them, and what pulls must not lag
 
 
 class FSQ(Quantiser):
     """Finite scalar quantisation: each channel is squashed and rounded; formulas in `codec.fsq`.
 
-    The paper has no loss of its own for it. Large steps then carry latents to where tanh is flat, for good, and all lie
-    in the corners. Here a commitment holds them: beta * the squared distance beyond the middle of the outermost cells
-    (mean over B, d, h, w).
+    The paper has no loss of its own for it. But large steps carry latents to where tanh is flat, for good, so that all
+    lie in the corners; and nothing keeps them from gathering in the middle. Two terms hold them:
+
+    - commitment: beta * the squared distance beyond the middle of the outermost cells (mean over B, d, h, w);
+    - spread: the latents shall be as independent standard normal ones, whose cells are about equally frequent. Encoder
+      and decoder can undo what it asks for, which is linear. Its gradient goes through the batch's own second moments
+      and its distance is that of the running ones: so it adds up over ranks and accumulated batches, as LFQ's does.
+
+    Attributes:
+        moments: (d + 1, d + 1) running second moments of the latents, from the middle of the lattice, and a 1.
     """
+
+    moments: torch.Tensor
 
     def __init__(self, config: VQConfig, levels: tuple[int, ...], size: int, *, trains: bool) -> None:
         """Prepare; see `Quantiser`; `levels`: of each channel, product K."""
         super().__init__(config, size, len(levels), trains=trains)
         self.levels = levels
+        self.register_buffer("moments", torch.eye(len(levels) + 1))
 
     def _quantise(self, z: torch.Tensor, weight: torch.Tensor) -> Codes:
         halves = torch.tensor([level // 2 for level in self.levels]).to(z)[:, None, None]
         bounded = fsq.bounded(z, self.levels) / halves
         indices = fsq.to_index(fsq.cells(z.detach(), self.levels), self.levels)
         chosen = F.embedding(indices, weight).movedim(-1, 1).contiguous()
-        terms = {}
-        if self.trains:
-            beyond = fsq.excess(z, self.levels).square().mean()
-            terms["commitment"] = self.config.weight * self.config.beta * beyond
-        return Codes(z_q=straight_through(bounded, chosen), z=bounded.detach(), indices=indices, terms=terms)
+        z_q = straight_through(bounded, chosen)
+        if not self.trains:
+            return Codes(z_q=z_q, z=bounded.detach(), indices=indices)
+        config = self.config
+        flat = F.pad(fsq.centred(z, self.levels).movedim(1, -1).reshape(-1, self.dim), (0, 1), value=1.0)  # (N, d + 1)
+        batch = flat.T @ flat / len(flat)
+        off = self.moments - torch.eye(self.dim + 1).to(z)
+        along = (off * batch).sum()
+        spread = along - along.detach() + 0.5 * off.square().sum()
+        terms = {
+            "commitment": config.weight * config.beta * fsq.excess(z, self.levels).square().mean(),
+            "spread": config.weight * config.spread_weight * spread / self.dim,
+        }
+        return Codes(z_q=z_q, z=bounded.detach(), indices=indices, terms=terms, frequencies=batch.detach())
+
+    def _learn(
+        self,
+        weight: nn.Parameter,
+        sums: torch.Tensor | None,
+        tokens: StepTokens,
+        step: Step,
+        reduce: Reduce,
+        values: Values,
+    ) -> list[str]:
+        self.moments.lerp_(reduce(tokens.mean_frequencies()), _MOMENTS_RATE)
+        return []
 
 
 class LFQ(Quantiser):

@@ -127,7 +127,9 @@ class CodebookTerms:
         scale = self._words + ("" if config.weight == 1 else f"{config.weight:g} ")
         if isinstance(quantiser, LFQ):
             return [f"{scale}({config.beta:g} commitment + {config.entropy_weight:g} entropy)"]
-        learned = "" if isinstance(quantiser, EMACodebook | FSQ) else "codebook + "
+        if isinstance(quantiser, FSQ):
+            return [f"{scale}({config.beta:g} commitment + {config.spread_weight:g} spread)"]
+        learned = "" if isinstance(quantiser, EMACodebook) else "codebook + "
         return [f"{scale}({learned}{config.beta:g} commitment)"]
 
     def terms(self, codes: Codes, step: Step, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
