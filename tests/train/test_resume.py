@@ -19,9 +19,9 @@ from train.trainer import Trainer
 
 # Every part that remembers something: a discriminator in all its phases, LeCAM, R1, EMA, noise, rate, accumulation.
 EVERYTHING = [
-    "run.n_images=240", "run.checkpoint_every=24", "run.validate_every=80", "optim.accumulate=2", "optim.batch_size=2",
+    "run.n_images=144", "run.checkpoint_every=24", "run.validate_every=80", "optim.accumulate=2", "optim.batch_size=2",
     "adversarial.weight=0.5", "adversarial.channels=8", "adversarial.layers=1", "adversarial.start=40",
-    "adversarial.warmup=32", "adversarial.ramp=80", "adversarial.lecam_weight=0.1", "adversarial.r1_weight=0.1",
+    "adversarial.warmup=32", "adversarial.ramp=40", "adversarial.lecam_weight=0.1", "adversarial.r1_weight=0.1",
     "adversarial.r1_every=3", "latents.noise=0.1", "latents.equivariance=0.3", "rate.probability=0.5",
     "kl.schedule=linear", "loss.learned_scale=true", "export.statistics_images=4", "data.crops=[64,72]",
 ]  # fmt: skip
@@ -38,7 +38,7 @@ def state_of(out: Path) -> dict:
 
 
 def assert_same_end(a: dict, b: dict) -> None:
-    assert a["progress"]["images"] == b["progress"]["images"] == 240
+    assert a["progress"]["images"] == b["progress"]["images"] == 144
     for part in ("module", "ema", "generator", "critic_module", "critic", "task", "ranks", "nonfinite"):
         _assert_equal(a[part], b[part], part)
     _assert_equal(a["validation"], b["validation"], "validation")
@@ -89,7 +89,7 @@ def test_killed_at_a_random_step_and_resumed_with_other_workers(
     assert_same_end(state_of(out), uninterrupted)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert (
-        reached == 240
+        reached == 144
         or {"event": "resume", "images": reached}.items()
         <= next(line for line in lines if line["event"] == "resume").items()
     )
