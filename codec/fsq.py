@@ -55,9 +55,11 @@ def _halves(z: torch.Tensor, levels: Sequence[int]) -> tuple[torch.Tensor, torch
 
 
 def cells(z: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
-    """Return the integer coordinates of the cells that latents lie in, (B, D, ...) int64, from 0 on."""
+    """Return the integer coordinates of the cells that latents lie in, (B, D, ...) int64, from 0 on; NaN has some."""
     first = torch.tensor([level // 2 for level in levels], device=z.device).reshape(1, -1, *[1] * (z.ndim - 2))
-    return bounded(z, levels).round().long() + first
+    last = torch.tensor(levels, device=z.device).reshape(first.shape) - 1
+    found = bounded(z, levels).round().nan_to_num().long() + first
+    return torch.minimum(found.clamp(min=0), last)  # of 1000 levels the slack is half a cell
 
 
 def to_index(coordinates: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:

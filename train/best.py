@@ -23,6 +23,8 @@ from train.trainer import Trainer
 class BestTrainer(Trainer):
     """The one loop; what it exports is the checkpoint with the smallest loss of the validations, not the last one."""
 
+    exports_last = False
+
     def export(self) -> dict[str, Any]:
         """Write the averaged weights of the best checkpoint."""
         best = self.checkpoints.folder / BEST

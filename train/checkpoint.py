@@ -187,8 +187,6 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str
             continue
         text = f"{name} {a} -> {b}"
         shaping = any(name == key or name.startswith(f"{key}.") for key in _SHAPING)
-        if shaping and not b and name not in then:  # of a program that could not do it yet
-            continue
         presence = name in _PRESENCE and bool(a) != bool(b)
         (impossible if shaping or presence else other).append(text)
     return impossible, other

@@ -49,6 +49,8 @@ class Preempted(Exception):
 class Trainer:
     """Runs one recipe to its end."""
 
+    exports_last = True  # whether the averaged weights of the last step are what is exported
+
     def __init__(self, config: LoopConfig, task: Task, feed: Source, accelerator: Accelerator) -> None:
         """Prepare a run.
 
@@ -271,8 +273,10 @@ class Trainer:
                     if not ends and due and self._nonfinite == 0:  # never of weights that may be the reason
                         self.checkpoint()
                         due = False
-            if not asked and (line := lag(self.validate(bar))):
-                self._say(line)
+            if not asked:
+                line = lag(self.validate(bar))
+                if line and self.exports_last:
+                    self._say(line)
             self.checkpoint()
         self.journal.close()
         if asked:

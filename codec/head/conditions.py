@@ -53,7 +53,7 @@ def _label(one: Any, classes: Sequence[str], where: str) -> int:
     if isinstance(one, str):
         if one in classes:
             return list(classes).index(one)
-    elif 0 <= int(one) < len(classes):
+    elif isinstance(one, int | np.integer) and not isinstance(one, bool) and 0 <= one < len(classes):
         return int(one)
     raise UsageError(f"{where}: no class {one} among {', '.join(classes) or 'none'}")
 
@@ -65,6 +65,8 @@ def _embedding(one: Any, width: int, where: str) -> np.ndarray:
     if row.dtype.kind not in "fiu" or row.shape != (width,):
         what = f"{row.shape[0]} numbers" if row.dtype.kind in "fiu" and row.ndim == 1 else repr(one)[:40]
         raise UsageError(f"{where}: an embedding of {what}, expected {width} numbers")
+    if not np.isfinite(row).all():
+        raise UsageError(f"{where}: an embedding of numbers that are not finite")
     return row.astype(np.float32)
 
 

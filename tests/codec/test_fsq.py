@@ -48,6 +48,12 @@ def test_excess_begins_in_the_middle_of_the_outermost_cells() -> None:
     assert bounded[inside].max().item() == pytest.approx(0.75, abs=0.01)
 
 
+@pytest.mark.parametrize("level", [3, 8, 1001, 1024, 2001])
+def test_the_outermost_latents_lie_in_the_outermost_cells(level: int) -> None:
+    z = torch.tensor([-1e4, 1e4]).reshape(1, 1, 2)
+    assert fsq.cells(z, [level]).flatten().tolist() == [0, level - 1]
+
+
 def test_a_folder_with_levels_is_read_as_such_and_decodes_what_its_indices_say(tmp_path: Path) -> None:
     network = small_vq(LEVELS, 60)
     network.save_pretrained(tmp_path)

@@ -446,7 +446,10 @@ def test_two_ranks_stay_equal_and_match_one_process(kind: str, cache: Path, tmp_
     ids=["mixture", "flow"],
 )
 def test_samples_are_drawn_from_a_prior_that_was_fitted(config: Any, tmp_path: Path) -> None:
-    data = data_of()
+    mirrored = [
+        replace(each, mean=torch.cat([each.mean, each.mean.flip(-1)], dim=1)) for each in (set_of(64, 0), set_of(24, 1))
+    ]
+    data = data_of(training=mirrored[0], held_out=mirrored[1])
     task = HeadTask(config_of(replace(TINY, levels=2, prior="standard")), data)
     assert isinstance(task.module, ConditionalHead)
     with torch.no_grad():

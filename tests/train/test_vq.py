@@ -236,6 +236,25 @@ def test_the_spread_loss_of_fsq_wants_independent_latents_of_variance_1(size: fl
     assert bool(grows) == (size < 1)
 
 
+def test_an_fsq_run_from_before_there_were_moments_is_loaded() -> None:
+    vq = KINDS["fsq"]
+    quantiser = FSQ(vq, vq.fsq_levels, vq.codebook_size, trains=True)
+    state = quantiser.state_dict()
+    del state["moments"]
+    quantiser.load_state_dict(state)
+    assert torch.equal(quantiser.moments, torch.eye(3))
+
+
+def test_latents_that_are_not_finite_reach_the_loss_and_not_an_index() -> None:
+    vq = KINDS["fsq"]
+    z = latents(0, channels=2)
+    z[0, 0, 0, 0] = float("nan")
+    codes = FSQ(vq, vq.fsq_levels, vq.codebook_size, trains=True)(z, fsq.codebook(vq.fsq_levels))
+    assert 0 <= int(codes.indices.min()) <= int(codes.indices.max()) < vq.codebook_size
+    assert codes.z_q.isnan().sum() == 1
+    assert codes.terms["commitment"].isnan()
+
+
 def test_lfq_splits_many_bits_into_groups() -> None:
     quantiser = LFQ(VQConfig(kind="lfq", codebook_size=1 << 13), 1 << 13, trains=True)
     batch, unsure = quantiser._soft(latents(0, channels=13))

@@ -19,7 +19,7 @@ from codec.runtime import Codec
 from codec.shards import read_index
 from tests.train.conftest import tiny_trainer
 from train.averaging import averaged
-from train.checkpoint import Checkpoints, compare, load
+from train.checkpoint import Checkpoints, load
 from train.cli import main
 from train.config import Config, ModelConfig
 from train.data import split, whole_images
@@ -347,14 +347,6 @@ def test_a_run_resumed_before_or_after_the_codebooks_began_ends_where_it_would_h
     assert all(sum(line.get(f"{prefix}codebook_revived", 0) for line in steps) > 0 for prefix in LEVELS)
     sizes = "vq.coarse_codebook_size=25"
     assert main(arguments(shards, tmp_path / "other", *RESUMED, sizes, f"run.resume={source}")) == 2
-
-
-def test_a_checkpoint_of_a_program_without_two_levels_goes_on_as_one_level() -> None:
-    old = {"vq": {"codebook_size": 32}}
-    assert compare(old, {"vq": {"codebook_size": 32, "coarse_codebook_size": 0}}) == ([], [])
-    assert compare(old, {"vq": {"codebook_size": 32, "coarse_codebook_size": 24}})[0] == [
-        "vq.coarse_codebook_size None -> 24"
-    ]
 
 
 # --- from somebody's folder -----------------------------------------------------------------------------------------

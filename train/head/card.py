@@ -55,7 +55,7 @@ def _card(about: Mapping[str, Any], config: HeadConfig) -> str:
         "embedding": f"Conditions: embeddings of {space['embedding_width']} numbers, made as in the training.",
         "none": "It has no condition.",
     }
-    example = {"class": repr(list(about["classes"][:1])), "embedding": "embeddings[:1]", "none": "[None]"}
+    example = {"class": repr(list(about["classes"][:1])), "embedding": "[embeddings[0]]", "none": "[None]"}
     lines = [
         "---",
         f"license: {licence_id(card.licence)}",

@@ -16,7 +16,8 @@ class ObjectiveConfig:
     """error + w * beta * KL / (D h w), mean over B, in nats per number of a latent; w as the schedule says.
 
     error: -log p(z|u, c) of a Gaussian decoder, so that beta = 1 is the ELBO; of a flow-matching one the squared error
-    of the velocity, which the ELBO weighs by (1 - t) / t: beta = 1 balances the two at t = 1/2.
+    of the velocity, which the ELBO weighs by (1 - t) / t: with the times that are drawn, beta = 1.6 balances the two at
+    t = 1/2.
     """
 
     kind: Literal["beta", "tcvae", "factor"] = "beta"

@@ -195,7 +195,7 @@ def _predicted(
             values["error"] = out.error
         if kind != "error":
             values["nats"] = out.error if noise.time is None else density_bound(out.error, noise.time)
-        if out.prior is not None and held.data.has_conditions:
+        if out.prior is not None and network.config.has_plain_units and held.data.has_conditions:
             prior = network.gaussian_prior(network.condition(c_other, hidden))
             values["kl_other"] = out.posteriors[0].kl(prior).sum(1)
         for name, value in values.items():

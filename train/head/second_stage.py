@@ -45,10 +45,9 @@ def fit_prior(network: ConditionalHead, data: HeadData, config: MixtureConfig | 
     Raises:
         ValueError: too few latents, see `train.head.fitting`.
     """
-    x, y = _units(network, data, data.training, config.seed), data.training.labels
-    mirrors = data.training.mean.shape[1]
-    held_out, of_held_out = _units(network, data, data.held_out, config.seed), data.held_out.labels
-    y, n_classes = y.repeat_interleave(mirrors), len(data.classes)
+    x, held_out = (_units(network, data, latents, config.seed) for latents in (data.training, data.held_out))
+    y, of_held_out = (each.labels.repeat_interleave(each.mean.shape[1]) for each in (data.training, data.held_out))
+    n_classes = len(data.classes)
     prior: FittedPrior
     if isinstance(config, MixtureConfig):
         prior = fit_mixture(x, config, y if n_classes else None, n_classes).prior

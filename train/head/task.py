@@ -64,7 +64,7 @@ class HeadTask:
             self.critic: nn.Module | None = (
                 TotalCorrelationCritic(config.head.units, config.objective.critic_width) if is_factor else None
             )
-        network.standardise(data.training.moments(), data.embeddings, _examples(data, config.head.components))
+        network.standardise(data.training.moments(), _seen_embeddings(data), _examples(data, config.head.components))
         self.module: nn.Module = network
         self._held = Held.of(data, config.run.seed)
 
@@ -248,6 +248,11 @@ def _network(module: nn.Module) -> ConditionalHead:
 
 def _expanded(prior: Gaussian | None, like: torch.Tensor) -> Gaussian | None:
     return None if prior is None else Gaussian(prior.mean.expand_as(like), prior.logvar.expand_as(like))
+
+
+def _seen_embeddings(data: HeadData) -> torch.Tensor | None:
+    """Return the embeddings of the training, (n, E): those of held-out images, or of none, say nothing of it."""
+    return None if data.embeddings is None else data.embeddings[data.training.labels]
 
 
 def _examples(data: HeadData, n: int) -> torch.Tensor:

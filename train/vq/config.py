@@ -36,7 +36,7 @@ class VQConfig:
     decay: float = 0.99
     """Per optimizer step, of the running means: of vectors (ema), of how often each is used, of lfq's frequencies."""
     beta: float = 0.25
-    """Weight of the commitment, (z - sg[z_q])^2, mean over B, d, h, w; of fsq, of what lies beyond the lattice."""
+    """Weight of the commitment, (z - sg[z_q])^2, mean over B, d, h, w; of fsq see there."""
     weight: float = 1.0
     """Weight of the quantiser's loss, commitment and codebook together."""
     start: str = "2%"
