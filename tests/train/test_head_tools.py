@@ -16,7 +16,8 @@ from codec.head.config import NetworkConfig, Space
 from codec.head.folder import Origin, write
 from codec.head.network import ConditionalHead, Noise
 from codec.latent_model import Normalisation, encoder_id, load_network
-from eval.class_folders import listed
+from eval.class_folders import listed, read_photos, side_of
+from eval.protocol import folder_of
 from tests.conftest import photo
 from train.cli import main
 from train.head.anomaly import auroc, elbo_bits, latent_errors
@@ -51,7 +52,8 @@ def folders(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         ("large", "gaussian", large, {}),
     ):
         found[name] = folder / name
-        write(found[name], network_of(decoder, space, **how), origin, ("coat", "hat"), {})
+        more = {"objective": {"condition_dropout": 0.0 if name == "flow" else 0.1}}
+        write(found[name], network_of(decoder, space, **how), origin, ("coat", "hat"), more)
     for n in range(6):
         path = folder / "photos" / ("coat", "hat", "shoe")[n % 3] / f"{n}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +168,8 @@ def test_samples_are_the_same_whatever_else_is_drawn(run: Callable[..., Any]) ->
     assert sorted(str(each.relative) for each in listed(out)) == [
         f"{c}/{n:03d}.png" for c in ("coat", "hat") for n in range(3)
     ]
-    assert len(listed(other)) == 4
+    judged = read_photos(other, folder_of(side_of(other)), [])  # as `codec-eval generated` reads them
+    assert [photo.label for photo in judged] == ["any", "any", "hat", "hat"]
     for n in range(2):
         assert levels_apart(out / "hat" / f"{n:03d}.png", other / "hat" / f"{n:03d}.png") <= 1
     assert levels_apart(out / "hat/000.png", out / "coat/000.png") > 1
@@ -199,7 +202,9 @@ def test_an_edit_changes_the_condition_alone(run: Callable[..., Any], folders: d
     assert levels_apart(out / file, again / file) > 1
 
 
-def test_a_strip_has_a_row_for_each_class(run: Callable[..., Any], folders: dict[str, Path]) -> None:
+def test_a_strip_has_a_row_for_each_class(
+    run: Callable[..., Any], folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     pair = [folders["photos"] / "coat/0.png", folders["photos"] / "hat/1.png"]
     out, about = run("interpolate", *pair, "--steps", 4, "--kind", "linear")
     assert about["ends"] == ["coat", "hat"]
@@ -208,6 +213,10 @@ def test_a_strip_has_a_row_for_each_class(run: Callable[..., Any], folders: dict
     assert about["ends"] == ["hat", "hat"]
     low = images.load(out / "strip.png").shape
     assert (tall[0] - 4, tall[1]) == (3 * (low[0] - 4), low[1])  # originals, as coat, as hat
+    assert "note" not in capsys.readouterr().err
+    _, about = run("interpolate", "--seeds", "1,1", "--steps", 2, "--flow-steps", 1, name="none", head="flow")
+    assert about["ends"] == ["any", "any"]
+    assert "condition_dropout 0: it has not learned to do without" in capsys.readouterr().err
 
 
 def test_a_grid_shows_the_units_that_change_most(run: Callable[..., Any], folders: dict[str, Path]) -> None:
@@ -297,7 +306,8 @@ def test_what_cannot_be_done_is_refused_in_one_line(
 ) -> None:
     def refused(*command: Any) -> str:
         run(*command, expected=2)
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note")]
+        lines = capsys.readouterr().err.splitlines()
+        (line,) = [line for line in lines if not line.startswith(("note", "drawing"))]
         assert line.startswith("error: ")
         return line
 
@@ -316,6 +326,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
     assert "no image in a folder of that name" in refused("anomaly", photos, "--outlier", "boot")
     assert "no image is an outlier" in refused("anomaly", photos / "hat", "--labels")
     assert "expected a name with suffix" in refused("features", photos)
+    assert "the image is not finite: lower --guidance" in refused("sample", "--guidance", "1e38")
     other = new_model("other", seed=1)
     assert main(["head", "sample", str(folders["flow"]), "-m", str(other), "-o", str(tmp_path / "x")]) == 3
     assert "latents of encoder" in capsys.readouterr().err

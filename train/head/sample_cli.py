@@ -1,12 +1,12 @@
 """`codec-train head sample` and `edit`: images of classes, and images as other classes. Imports torch when it works."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from codec import options
-from codec.console import Exit
+from codec.console import Exit, progress
 from codec.files import check_writable, write_atomic
 from train.head import tools
 from train.sample_folder import ANY, SAMPLES_JSON, SHEET_PNG, check_empty, chosen, folders_of, write_images
@@ -35,8 +35,8 @@ def sample_command(
 ) -> int:
     """Draw images: OUT/<class>/NNN.png, sheet.png with a row for each class, samples.json with settings and ids.
 
-    Image number N has the same draws in every class, whatever the number of images, the other classes and the batch;
-    these may round a level of a pixel otherwise.
+    Image number N has the same draws in every class, whatever the number of images and the other classes. Another
+    --batch or --per-class may round a pixel by a level.
 
     Example: codec-train head sample runs/head -m runs/first/model -o samples --per-class 20 --guidance 2
     """
@@ -50,11 +50,14 @@ def sample_command(
     names = chosen(classes, both.head.classes)
     folders = folders_of(names)
     conditions = [both.condition(name, "--classes") for name in names]
-    c = [one for one in conditions for _ in range(per_class)]
-    numbers = list(range(per_class)) * len(names)
-    z = both.head.sample(c, temperature=temperature, guidance=guidance, seed=seed, numbers=numbers)
-    parts = {name: z[n * per_class : (n + 1) * per_class] for n, name in enumerate(names)}
-    write_images(out, {name: both.images(part) for name, part in parts.items()}, folders)
+    how: dict[str, Any] = {"temperature": temperature, "guidance": guidance, "seed": seed}
+    images: dict[str, Any] = {}
+    with progress() as bar:
+        task = bar.add_task("drawing", total=len(names))
+        for name, one in zip(names, conditions, strict=True):
+            images[name] = both.images(both.head.sample([one] * per_class, **how))
+            bar.advance(task)
+    write_images(out, images, folders)
     given = {"out": out, "classes": classes, "per-class": per_class, "temperature": temperature, "guidance": guidance}
     given |= {"seed": seed, "flow-steps": flow_steps, "batch": batch}
     about = both.about("sample", [head, "-m", model], given)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from codec.console import Exit, error, note
-from codec.errors import ImageError, UsageError
+from codec.errors import ImageError, NonFiniteError, UsageError
 from train.sample_folder import ANY
 
 if TYPE_CHECKING:
@@ -71,19 +71,24 @@ class Opened:
         head: with its codec's device.
         engine: float32.
         folder: of the codec.
+        device: as the user said.
     """
 
     head: "Head"
     engine: "Engine"
     folder: Path
+    device: str
 
     def latents(self, photos: "Sequence[Photo]") -> "Tensor":
         """Return normalized latents, (B, D, h, w)."""
         return self.head.latents([photo.pixels for photo in photos], self.engine)
 
     def images(self, z: "Tensor") -> "list[np.ndarray]":
-        """Return the images of normalized latents."""
-        return self.head.images(z, self.engine)
+        """Return the images of normalized latents; raises UsageError where these are beyond what a number holds."""
+        try:
+            return self.head.images(z, self.engine)
+        except NonFiniteError as exception:
+            raise UsageError(f"{exception}: lower --guidance, --temperature or --range") from exception
 
     def decoded(
         self, units: "Units", c: Sequence[str | None], guidance: float = 1.0, seed: int = 0
@@ -95,6 +100,7 @@ class Opened:
     def condition(self, name: str, option: str) -> str | None:
         """Return a class that the user named, None for `ANY`; raises UsageError for one that there is not."""
         if name == ANY and ANY not in self.head.classes:
+            self._tell_of_none()
             return None
         if name not in self.head.classes:
             known = ", ".join(self.head.classes) or "none"
@@ -111,9 +117,18 @@ class Opened:
         if asked is not None:
             return [self.condition(asked, "--from")] * len(photos)
         found = [photo.label if photo.label in self.head.classes else None for photo in photos]
-        if self.head.classes and (n := found.count(None)):
-            note(f"note: {n} of {len(photos)} images in no folder of a class: encoded without a condition")
+        if n := found.count(None):
+            if self.head.classes:
+                note(f"note: {n} of {len(photos)} images in no folder of a class: encoded without a condition")
+            self._tell_of_none()
         return found
+
+    def _tell_of_none(self) -> None:
+        """Note where the head has never seen that a condition is hidden."""
+        objective = self.head.stored.about.get("objective", {})
+        space = self.head.network.space
+        if (space.n_classes or space.embedding_width) and objective.get("condition_dropout") == 0:
+            note(f"note: {self.head.stored.folder}: trained with condition_dropout 0: it has not learned to do without")
 
     def about(self, verb: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the JSON of every tool begins with.
@@ -124,7 +139,7 @@ class Opened:
             options: name -> value, or list of values; None and False are left out.
         """
         words = ["codec-train", "head", verb, *map(str, arguments)]
-        for name, value in options.items():
+        for name, value in {**options, "device": self.device}.items():
             for one in value if isinstance(value, list | tuple) else [value]:
                 if one is not None and one is not False:
                     words += [f"--{name}"] if one is True else [f"--{name}", str(one)]
@@ -171,7 +186,7 @@ def open_both(path: Path, model: str, device: str, flow_steps: int | None = None
     head.stored.origin.require(engine, str(head.stored.folder), part)
     if flow_steps is not None:
         head.steps = flow_steps
-    return Opened(head, engine, folder)
+    return Opened(head, engine, folder, device)
 
 
 def not_negative(**values: float) -> None:

@@ -224,7 +224,7 @@ def _extremes(
             continue
         order = values.argsort(kind="stable")
         short = name.partition("_")[0]
-        for what, some in (("highest", order[::-1]), ("lowest", order)):
+        for what, some in (("high", order[::-1]), ("low", order)):
             rows.append((f"{short} {what}", [each for n in some[:_SHOWN] for each in (photos[n].pixels, remade[n])]))
     return rows
 

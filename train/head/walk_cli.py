@@ -225,7 +225,7 @@ def arithmetic_command(
 def _ends(both: tools.Opened, classes: str | None, photos: "list[Photo]") -> list[str | None]:
     """Return the condition of each end."""
     if classes is None:
-        return both.conditions(photos, None) if photos else [None, None]
+        return both.conditions(photos, None) if photos else [both.condition(ANY, "--classes")] * 2
     names = chosen(classes, both.head.classes)
     if len(names) > 2:
         raise UsageError(f"--classes {classes}, expected one or two")
