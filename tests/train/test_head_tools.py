@@ -33,6 +33,7 @@ def network_of(decoder: Any, space: Space, **how: Any) -> ConditionalHead:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
+    network.standardise((torch.tensor([0.5, -0.5, 0.0, 1.0]), torch.tensor([2.0, 0.5, 1.0, 2.0])))
     return network
 
 
@@ -146,7 +147,8 @@ def test_scores_belong_to_the_image_and_rank_what_is_far(decoder: str, folders: 
     head.batch = 2
     np.testing.assert_allclose(elbo_bits(head, z[[2, 0]], [None] * 2, 4), bits[[2, 0]], rtol=1e-5)
     errors = latent_errors(head, z, z + torch.tensor([0.0, 0.5, 2.0]).reshape(3, 1, 1, 1))
-    np.testing.assert_allclose(errors, [0, 0.25, 4], atol=1e-5)
+    scale = (1 / 4 + 4 + 1 + 1 / 4) / 4  # latents are standardised
+    np.testing.assert_allclose(errors, [0, 0.25 * scale, 4 * scale], atol=1e-5)
     if decoder == "gaussian":  # by the network's own terms, with the same draws
         from codec.head.conditions import generators
 
@@ -155,7 +157,7 @@ def test_scores_belong_to_the_image_and_rank_what_is_far(decoder: str, folders: 
         noise = Noise(units=tuple(each[None] for each in drawn))
         out = head.network(z[:1], torch.tensor([0]), torch.tensor([True]), noise)
         nats = 256 * float(out.error) + sum(float(part.sum()) for part in out.kl)
-        assert elbo_bits(head, z[:1], [None], 1)[0] == pytest.approx(nats / 256 / np.log(2), rel=1e-5)
+        assert elbo_bits(head, z[:1], [None], 1)[0] == pytest.approx(nats / 256 / np.log(2) + 1 / 4, rel=1e-5)
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
