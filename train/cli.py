@@ -15,6 +15,7 @@ from train.cache.cli import cache_bench_command, cache_command
 from train.drift_cli import drift_command
 from train.export_cli import export_command
 from train.head.config import HeadConfig
+from train.head.tools_cli import app as head_app
 from train.importing.cli import import_command
 from train.prior.config import PriorConfig
 from train.prior.sample_cli import sample_command
@@ -43,6 +44,7 @@ app.command("export")(export_command)
 app.command("import")(import_command)
 app.command("race")(race_command)
 app.command("sample")(sample_command)
+app.add_typer(head_app, name="head")
 
 
 @app.command(epilog="Example: codec-train run small-f8c8 data.shards=shards run.out=runs/first run.time_limit_min=25")

@@ -1,7 +1,6 @@
 """`codec-train sample`: images of classes, drawn by a prior, decoded by its VQ model. Imports torch when it works."""
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,18 +10,14 @@ import typer
 from codec import options
 from codec.console import Exit, note, progress
 from codec.errors import ModelError, UsageError
-from codec.files import check_writable, write_atomic
+from codec.files import write_atomic
+from train.sample_folder import ANY, SAMPLES_JSON, SHEET_PNG, check_empty, chosen, folders_of, write_images
 
 if TYPE_CHECKING:
     import torch
 
     from codec.engine import Engine
     from train.prior.folder import Prior
-
-SAMPLES_JSON, SHEET_PNG = "samples.json", "sheet.png"
-ANY = "any"
-"""Folder of samples of no class."""
-_SHOWN = 20  # images of a class in the sheet
 
 
 def sample_command(
@@ -57,13 +52,10 @@ def sample_command(
 
     Example: codec-train sample runs/prior -m runs/vq/model -o samples --per-class 20 --guidance 2
     """
-    check_writable(out)
-    if any(not path.name.startswith(".") for path in out.iterdir()):
-        raise UsageError(f"{out}: not empty; name another folder")
+    check_empty(out)
 
     from codec.engine import Engine, EngineConfig  # torch takes seconds to import
     from codec.model_folder import resolve
-    from eval.sheet import by_class, sheet
     from train.cache.codebook import Codebook
     from train.prior.folder import read_folder
     from train.prior.sampling import Sampling
@@ -73,8 +65,8 @@ def sample_command(
     except ValueError as exception:
         raise UsageError(str(exception)) from exception
     loaded = read_folder(prior)
-    names = _chosen(classes, loaded)
-    folders = _folders(names)
+    names = chosen(classes, loaded.classes)
+    folders = folders_of(names)
     folder = resolve(model)
     codebook = Codebook.of(folder, "a prior needs")
     loaded.codebook.require(codebook, str(loaded.folder))
@@ -83,12 +75,7 @@ def sample_command(
     engine = Engine.load(folder, EngineConfig(device=device, dtype="float32"))
     loaded.network.to(engine.device)
     indices = _draw(loaded, names, per_class, how, batch)
-    images: dict[str, list[Any]] = {}
-    for name in names:
-        images[name] = [_decoded(engine, one) for one in indices[name]]
-        for number, pixels in enumerate(images[name]):
-            _save(out / folders[name] / f"{number:03d}.png", pixels)
-    write_atomic(out / SHEET_PNG, sheet(by_class(images, _SHOWN)))
+    write_images(out, {name: [_decoded(engine, one) for one in indices[name]] for name in names}, folders)
     about = {
         "command": shlex.join(["codec-train", "sample", str(prior), "-m", model, "-o", str(out)]),
         "prior": {"folder": str(loaded.folder), "prior_id": loaded.prior_id},
@@ -101,26 +88,6 @@ def sample_command(
     write_atomic(out / SAMPLES_JSON, (json.dumps(about) + "\n").encode())
     print(f"{out}: {per_class} images of each of {len(names)} classes; {out / SHEET_PNG}")
     return Exit.OK
-
-
-def _chosen(asked: str | None, prior: "Prior") -> list[str]:
-    if asked is None:
-        return list(prior.classes) or [ANY]
-    names = [name.strip() for name in asked.split(",") if name.strip()]
-    for name in names:
-        if name not in (*prior.classes, ANY):
-            raise UsageError(f"--classes: no class {name} among {', '.join(prior.classes) or 'none'} (or {ANY})")
-    if not names:
-        raise UsageError("--classes: expected names separated by commas")
-    return list(dict.fromkeys(names))
-
-
-def _folders(names: list[str]) -> dict[str, str]:
-    """Return a folder's name for each class."""
-    found = {name: re.sub(r"[^\w.+ -]+", "_", name).strip(". ") or "class" for name in names}
-    if len(set(found.values())) < len(found):
-        raise UsageError(f"two classes of one folder among {', '.join(names)}; draw them one by one with --classes")
-    return found
 
 
 def _draw(prior: "Prior", names: list[str], count: int, how: Any, batch: int) -> "dict[str, torch.Tensor]":
@@ -151,9 +118,3 @@ def _decoded(engine: "Engine", indices: "torch.Tensor") -> Any:
     if not bool(torch.isfinite(x).all()):
         raise ModelError("the decoder's image is not finite")
     return to_uint8(x[0])
-
-
-def _save(path: Path, pixels: Any) -> None:
-    from codec import images
-
-    write_atomic(path, images.save_png(pixels))
