@@ -173,6 +173,7 @@ def test_webdataset_gives_batches_like_ours(shards: Path) -> None:
     assert float(batch.std()) > 0.05
 
 
+@pytest.mark.slow
 def test_all_readers_are_measured_with_the_same_workers(shards: Path, tmp_path: Path) -> None:
     config = config_of(shards, "data.workers=1")
     found = compare_loaders(config, tmp_path, 1, 1)

@@ -61,6 +61,7 @@ def check(vae: Any, folder: Path, f: int, wanted: Any) -> None:
         assert x_hat.std() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_autoencoder_kl_as_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, vae = tmp_path / "small", kl()
     vae.save_pretrained(folder)

@@ -96,6 +96,7 @@ def test_two_ranks_match_one_process_with_the_same_global_batch(two_ranks: Path,
         assert a[:2] == pytest.approx(b[:2], rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_accumulation_matches_one_batch_through_twenty_steps(shards: Path, tmp_path: Path, one_process: Path) -> None:
     out = tmp_path / "r"
     assert main(command(shards, out, 1, "optim.accumulate=4")) == 0
@@ -158,6 +159,7 @@ def test_two_machines_through_accelerate_launch_equal_two_ranks_on_one(
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow
 def test_a_rank_whose_data_fail_stops_all_after_a_checkpoint(shards: Path, tmp_path: Path) -> None:
     out, path = tmp_path / "r", tmp_path / "failing.py"
     path.write_text(

@@ -261,6 +261,7 @@ def test_when_no_checkpoint_is_sound_the_run_does_not_start_over(
     assert "none of the 1 checkpoints is sound" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_process_group_reaches_no_reading_process(shards: Path, tmp_path: Path) -> None:
     """As a terminal's Ctrl-C, `timeout`, or a cluster's scheduler send it."""
     out = tmp_path / "r"
