@@ -76,6 +76,7 @@ def test_only_networks_of_pipelines_that_apply_a_shift_are_given_one() -> None:
     assert measured_shift(AutoencoderTiny(latent_channels=4), 0.3) == 0
 
 
+@pytest.mark.slow
 def test_an_export_centres_what_was_trained_from_scratch_and_nothing_else(shards: Path, tmp_path: Path) -> None:
     scratch = ModelConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
     folders = {}

@@ -186,6 +186,7 @@ def test_the_command_reports_on_a_folder_and_on_shards(
     assert "latents unchanged bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_decoder_of_an_imported_model_is_compatible_and_a_full_fine_tune_without_anchor_is_not(
     shards: Path, tmp_path: Path, run_folder: Path
 ) -> None:

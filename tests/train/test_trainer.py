@@ -98,6 +98,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights_and_averages(shards: Pa
     assert set(averaged_seen) == {torch.float32}
 
 
+@pytest.mark.slow
 def test_from_pretrained_in_a_fresh_process_gives_the_trainers_own_reconstruction(run_folder: Path) -> None:
     script = (
         "import sys, torch; from diffusers import AutoencoderKL; from safetensors.torch import load_file\n"
