@@ -16,6 +16,7 @@ from train.averaging import averaged
 from train.checkpoint import BEST, load
 from train.progress import Progress, run_record
 from train.recipe import any_from_dict
+from train.run import set_aside_branches
 from train.task import LoopConfig, Task
 from train.trainer import Trainer
 
@@ -31,6 +32,19 @@ class BestTrainer(Trainer):
         if not best.is_file():
             return super().export()
         return export_checkpoint(self.task, load(best), self.out / "model", self.config.optim.ema_decay)
+
+
+def resumed(trainer: BestTrainer, state: dict[str, Any] | None) -> BestTrainer:
+    """Return a trainer that goes on from a checkpoint's state; None = begins.
+
+    Raises:
+        UsageError: the caches are not those that the checkpoint was made with.
+    """
+    if state is not None:
+        check_same(state, trainer.task, "the run cannot go on")
+        trainer.resume(state)
+        set_aside_branches(trainer)
+    return trainer
 
 
 def check_same(state: dict[str, Any], task: Task, so: str) -> None:

@@ -7,13 +7,13 @@ from accelerate.utils import set_seed
 
 from codec import console, model_folder
 from codec.engine import Engine, EngineConfig
-from train.best import BestTrainer, check_same, export_run
+from train.best import BestTrainer, export_run, resumed
 from train.denoiser_feed import LatentFeed
 from train.head.config import HeadConfig
 from train.head.latents import HeadData, load_data
 from train.head.task import HeadTask
 from train.journal import check_run_folder, check_trackers
-from train.run import make_accelerator, set_aside_branches, state_to_resume
+from train.run import make_accelerator, state_to_resume
 
 
 def run(config: HeadConfig) -> dict[str, Any]:
@@ -44,12 +44,7 @@ def prepare(config: HeadConfig) -> BestTrainer:
         rank=accelerator.process_index,
         n_ranks=accelerator.num_processes,
     )
-    trainer = BestTrainer(config, task, feed, accelerator)
-    if state is not None:
-        check_same(state, task, "the run cannot go on")
-        trainer.resume(state)
-        set_aside_branches(trainer)
-    return trainer
+    return resumed(BestTrainer(config, task, feed, accelerator), state)
 
 
 def _load_codec(config: HeadConfig, data: HeadData, device: str) -> Engine | None:

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from train.best import BestTrainer, check_same, export_run
+from train.best import BestTrainer, export_run, resumed
 from train.journal import check_run_folder, check_trackers
 from train.prior.config import PriorConfig
 from train.prior.task import PriorTask
 from train.prior.tokens import TokenFeed, load_data
-from train.run import make_accelerator, set_aside_branches, state_to_resume
+from train.run import make_accelerator, state_to_resume
 
 
 def run(config: PriorConfig) -> dict[str, Any]:
@@ -38,12 +38,7 @@ def prepare(config: PriorConfig) -> BestTrainer:
         rank=accelerator.process_index,
         n_ranks=accelerator.num_processes,
     )
-    trainer = BestTrainer(config, task, feed, accelerator)
-    if state is not None:
-        check_same(state, task, "the run cannot go on")
-        trainer.resume(state)
-        set_aside_branches(trainer)
-    return trainer
+    return resumed(BestTrainer(config, task, feed, accelerator), state)
 
 
 def export(folder: Path, out: Path | None = None) -> dict[str, Any]:
