@@ -50,6 +50,19 @@ def chosen(asked: str | None, classes: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def counts_of(names: Sequence[str], per_class: int, n: int | None) -> dict[str, int]:
+    """Return how many images of each class are to be drawn; classes of none are left out.
+
+    Args:
+        names: of the classes.
+        per_class: of each.
+        n: of all together, in place of that: as many of each, or one more of the first ones; None = `per_class`.
+    """
+    each, more = (per_class, 0) if n is None else divmod(n, len(names))
+    found = {name: each + (number < more) for number, name in enumerate(names)}
+    return {name: count for name, count in found.items() if count}
+
+
 def folders_of(names: Sequence[str]) -> dict[str, str]:
     """Return a folder's name for each class; raises UsageError where two have the same."""
     found = {name: re.sub(r"[^\w.+ -]+", "_", name).strip(". ") or "class" for name in names}

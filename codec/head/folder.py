@@ -2,7 +2,6 @@
 
     head.json           network, classes or width of the embeddings, whose latents and how normalized, the training
     head.safetensors    the weights, float32
-    fitted.safetensors  a prior that was fitted to the units afterwards, where there is one
     README.md           a card, of `codec-train`
 
 Imports torch and diffusers.
@@ -24,11 +23,10 @@ from codec.errors import ModelError, UsageError
 from codec.files import write_atomic
 from codec.head.config import NetworkConfig, Space
 from codec.head.network import ConditionalHead
-from codec.head.second_stage import FittedPrior, restore
 from codec.latent_model import Normalisation, encoder_id, normalisation_from_json, normalisation_to_json
 from codec.shards import read_json
 
-HEAD_JSON, WEIGHTS, FITTED = "head.json", "head.safetensors", "fitted.safetensors"
+HEAD_JSON, WEIGHTS = "head.json", "head.safetensors"
 KIND, VERSION = "latent-codec head", 1
 
 
@@ -92,7 +90,6 @@ class Stored:
         origin: whose latents it knows.
         classes: names of the labels 0, 1, ...; empty with embeddings, and without a condition.
         about: the whole of head.json.
-        fitted: a prior of the first level's units that was fitted after training; None where there is none.
     """
 
     folder: Path
@@ -100,7 +97,6 @@ class Stored:
     origin: Origin
     classes: tuple[str, ...]
     about: Mapping[str, Any]
-    fitted: FittedPrior | None
 
 
 def read(path: Path) -> Stored:
@@ -123,14 +119,11 @@ def read(path: Path) -> Stored:
         network.load_state_dict(load((folder / WEIGHTS).read_bytes()))
         origin = Origin.from_json(about["codec"])
         classes = tuple(about["classes"])
-        fitted = None
-        if "fitted" in about:
-            fitted = restore(about["fitted"]["prior"], load((folder / FITTED).read_bytes()), str(folder / FITTED))
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as exception:
         reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
         raise ModelError(f"{folder}: damaged: {reason}") from exception
     network.requires_grad_(False).eval()
-    return Stored(folder=folder, network=network, origin=origin, classes=classes, about=about, fitted=fitted)
+    return Stored(folder=folder, network=network, origin=origin, classes=classes, about=about)
 
 
 def head_id(network: ConditionalHead) -> str:
@@ -172,27 +165,6 @@ def write(
     write_atomic(out / WEIGHTS, save(tensors))
     write_atomic(out / HEAD_JSON, (json.dumps(about, indent=2) + "\n").encode())
     return about
-
-
-def add_fitted(folder: Path, prior: FittedPrior, more: Mapping[str, Any]) -> None:
-    """Put a prior that was fitted to the units beside a head, in place of one that is there: samples are drawn from it.
-
-    Args:
-        folder: of the head.
-        prior: of its first level's units.
-        more: what else head.json is to say about it.
-    """
-    about = read_json(folder / HEAD_JSON)
-    units, n_classes = about["network"]["units"], about["space"]["n_classes"]
-    if prior.n_units != units or prior.n_classes not in (0, n_classes):
-        raise ValueError(
-            f"{folder}: a prior of {prior.n_units} units and {prior.n_classes} classes, expected {units} "
-            f"and {n_classes} or 0"
-        )
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prior.state_dict().items()}
-    write_atomic(folder / FITTED, save(tensors))
-    fitted = {"prior": prior.config(), **more}
-    write_atomic(folder / HEAD_JSON, (json.dumps({**about, "fitted": fitted}, indent=2) + "\n").encode())
 
 
 def is_head(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from codec import console, model_folder
 from codec.engine import Engine, EngineConfig, pick_device
 from codec.head.conditions import Conditions, conditions_of, generators
+from codec.head.fitted_folder import StoredPrior, read_fitted
 from codec.head.folder import Stored, head_id, read
 from codec.head.network import ConditionalHead, Drawing, Units
 from codec.head.second_stage import FittedPrior
@@ -37,8 +38,8 @@ class Head:
         head_id: 16 hex digits, SHA-256 over its weights.
         batch: images that go through the network at once.
         steps: of a flow-matching decoder from noise to latents, where nothing else is said.
-        fitted: the prior of the first level's units that samples are drawn from, where one was fitted after training;
-            None = the head's own.
+        fitted: the prior of the first level's units that samples are drawn from, in place of the head's own; None =
+            that one. See `use`.
     """
 
     stored: Stored
@@ -63,9 +64,21 @@ class Head:
         where, stored = pick_device(device), read(Path(path))
         its_id = head_id(stored.network)
         stored.network.to(where)
-        if stored.fitted is not None:
-            stored.fitted.to(where)
-        return cls(stored, its_id, fitted=stored.fitted)
+        return cls(stored, its_id)
+
+    def use(self, path: str | Path) -> StoredPrior:
+        """Draw first-level units from a prior that was fitted to them after training, and return it.
+
+        Args:
+            path: its folder, as `codec-train head fit` writes it.
+
+        Raises:
+            ModelError: missing, damaged, of another head, or of no head at all.
+        """
+        found = read_fitted(Path(path), self.device)
+        found.require_head(self.head_id, self.classes)
+        self.fitted = found.prior
+        return found
 
     @property
     def network(self) -> ConditionalHead:

@@ -1,6 +1,6 @@
 """Priors that are fitted after training, to the units of a head or to the latents of a codec as vectors.
 
-    vectors (N, d), labels -> `train.head.fitting` -> GaussianMixture or VectorFlow
+    vectors (N, d), labels -> `train.head.fitting` -> GaussianMixture or VectorFlow; Standard, for comparison
     its `config` and `state_dict`, plain values and tensors -> `restore` -> the same
 
 Their condition is a label: (B,) int64 in 0 .. n_classes - 1, n_classes or None = any class. Imports torch alone.
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from codec.errors import ModelError
 from codec.head.flows import FlowSize
 from codec.head.gaussian import wide
-from codec.head.priors import FlowPrior, Prior
+from codec.head.priors import FlowPrior, Prior, StandardNormal
 
 
 class FittedPrior(Prior):
@@ -42,6 +42,26 @@ class FittedPrior(Prior):
         if c.shape != (n,) or (n > 0 and not 0 <= int(c.min()) <= int(c.max()) <= self.n_classes):
             raise ValueError(f"labels: expected ({n},) in 0 .. {self.n_classes}, got {tuple(c.shape)} {c.tolist()[:4]}")
         return c.to(device)
+
+
+class Standard(FittedPrior):
+    """N(0, I) of any class: what others are compared with."""
+
+    def __init__(self, n_units: int) -> None:
+        super().__init__(n_units, 0)
+        self._all = StandardNormal(n_units)
+
+    def config(self) -> dict[str, Any]:
+        """See `FittedPrior.config`."""
+        return {"kind": "standard", "n_units": self.n_units}
+
+    def log_prob(self, u: Tensor, c: Tensor | None = None) -> Tensor:
+        """See `Prior.log_prob`."""
+        return self._all.log_prob(u)
+
+    def draw(self, noise: Tensor, choice: Tensor, c: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        """See `Prior.draw`."""
+        return self._all.draw(noise, choice, None, temperature)
 
 
 class GaussianMixture(FittedPrior):
@@ -164,8 +184,10 @@ def restore(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
             prior = GaussianMixture(**values)
         elif kind == "flow":
             prior = VectorFlow(size=FlowSize(**values.pop("size")), **values)
+        elif kind == "standard":
+            prior = Standard(**values)
         else:
-            raise ModelError(f'{where}: kind = {kind!r}, expected "mixture" or "flow"')
+            raise ModelError(f'{where}: kind = {kind!r}, expected "mixture", "flow" or "standard"')
         prior.load_state_dict(dict(tensors))
     except ModelError:
         raise

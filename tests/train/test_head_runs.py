@@ -16,8 +16,7 @@ from codec import images
 from codec.errors import UsageError
 from codec.head import Head
 from codec.head.config import NetworkConfig
-from codec.head.flows import FlowSize
-from codec.head.folder import Origin, add_fitted
+from codec.head.folder import Origin
 from codec.head.network import ConditionalHead
 from codec.latent_model import Normalisation
 from tests.conftest import make_model, photo
@@ -26,10 +25,8 @@ from train.cli import main
 from train.config import OptimConfig, RunConfig
 from train.denoiser_feed import LatentFeed, LatentSet
 from train.head.config import HeadConfig, LatentDataConfig, ObjectiveConfig
-from train.head.fitting import FlowFitConfig, MixtureConfig
 from train.head.latents import HeadData, load_data
 from train.head.measure import ConditionTally, UnitTally
-from train.head.second_stage import fit_prior
 from train.head.task import HeadTask
 from train.latent_dataset import LatentDataset
 from train.progress import means
@@ -435,36 +432,3 @@ def test_two_ranks_stay_equal_and_match_one_process(kind: str, cache: Path, tmp_
         one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
         for name, tensor in one["module"].items():
             torch.testing.assert_close(two["module"][name], tensor, atol=5e-3, rtol=0)
-
-
-# --- a prior fitted afterwards --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "config",
-    [MixtureConfig(components=2, per_class=True), FlowFitConfig(size=FlowSize(steps=2, width=8), steps=60, lr=3e-3)],
-    ids=["mixture", "flow"],
-)
-def test_samples_are_drawn_from_a_prior_that_was_fitted(config: Any, tmp_path: Path) -> None:
-    mirrored = [
-        replace(each, mean=torch.cat([each.mean, each.mean.flip(-1)], dim=1)) for each in (set_of(64, 0), set_of(24, 1))
-    ]
-    data = data_of(training=mirrored[0], held_out=mirrored[1])
-    task = HeadTask(config_of(replace(TINY, levels=2, prior="standard")), data)
-    assert isinstance(task.module, ConditionalHead)
-    with torch.no_grad():
-        task.module.encoder.last.bias[:4] += 3.0  # units that N(0, I) does not draw
-    fit = fit_prior(task.module, data, config)
-    assert fit.fitted_nats < fit.own_nats - 4
-    folder = tmp_path / "h"
-    task.export(task.module, folder, {}, CPU)
-    own = Head.load(folder, "cpu")
-    add_fitted(folder, fit.prior, {"held_out_nats": fit.fitted_nats})
-    head = Head.load(folder, "cpu")
-    assert head.stored.about["fitted"]["held_out_nats"] == fit.fitted_nats
-    assert float(head.draw_units(["hat"] * 50)[0].mean()) > 2 > float(own.draw_units(["hat"] * 50)[0].mean()) + 1
-    assert [tuple(each.shape) for each in head.draw_units(["hat", None])] == [(2, 4), (2, 4, 4, 4)]
-    assert head.sample(["hat", "coat", None]).shape == (3, 2, 4, 4)
-    fit.prior.n_classes = 3
-    with pytest.raises(ValueError, match="a prior of 4 units and 3 classes, expected 4 and 2 or 0"):
-        add_fitted(folder, fit.prior, {})

@@ -86,8 +86,12 @@ class _Read:
         return sha.hexdigest()[:16]
 
 
-def load_data(config: LatentDataConfig) -> HeadData:
+def load_data(config: LatentDataConfig, classes: Sequence[str] | None = None) -> HeadData:
     """Read the caches of a recipe.
+
+    Args:
+        config: which, and what conditions are.
+        classes: names of the labels 0, 1, ...; None = those of `cache`.
 
     Raises:
         UsageError: no cache is named, or one is missing, unfinished, or of indices; a sample has no class or no
@@ -99,7 +103,7 @@ def load_data(config: LatentDataConfig) -> HeadData:
         raise UsageError("trained on what? Set data.cache=FOLDER (codec-train cache writes one)")
     reader = CacheReader(config.cache)
     reader.require_latents()
-    conditions = _Conditions(config, reader)
+    conditions = _Conditions(config, reader, classes)
     training = _read(reader, conditions, config.mirror)
     if config.validation_cache:
         other = CacheReader(config.validation_cache)
@@ -154,18 +158,18 @@ def _check_fits(other: CacheReader, reader: CacheReader) -> None:
 class _Conditions:
     """The condition of each sample of a cache, as a number."""
 
-    def __init__(self, config: LatentDataConfig, reader: CacheReader) -> None:
+    def __init__(self, config: LatentDataConfig, reader: CacheReader, classes: Sequence[str] | None) -> None:
         self.kind = config.condition
         self.classes: list[str] = []
         self.vectors: torch.Tensor | None = None
         self._rows: dict[str, int] = {}
         if self.kind == "class":
-            self.classes = list(reader.header["classes"])
-            if not self.classes:
+            if not reader.header["classes"]:
                 raise UsageError(
                     f"{reader.folder}: no sample has a class (shards of class folders give them); "
                     "data.condition=none learns without"
                 )
+            self.classes = list(reader.header["classes"] if classes is None else classes)
         if self.kind == "embedding":
             self._file = Path(config.embeddings)
             keys, vectors = _read_embeddings(self._file)
@@ -189,13 +193,19 @@ class _Conditions:
         return torch.from_numpy(labels)
 
 
-def _read_embeddings(path: Path) -> tuple[list[str], np.ndarray]:
-    """Return names and vectors, (N, E) float32; raises UsageError for anything else."""
+def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
+    """Return arrays of an .npz file; raises UsageError where it is none, or has one of them not."""
     try:
         with np.load(path, allow_pickle=False) as found:
-            keys, vectors = found["keys"], found["vectors"]
+            return [found[name] for name in names]
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError) as exception:
-        raise UsageError(f"{path}: not an .npz file with keys and vectors: {exception}") from exception
+        what = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise UsageError(f"{path}: not an .npz file with {what}: {exception}") from exception
+
+
+def _read_embeddings(path: Path) -> tuple[list[str], np.ndarray]:
+    """Return names and vectors, (N, E) float32; raises UsageError for anything else."""
+    keys, vectors = read_arrays(path, "keys", "vectors")
     sound = keys.ndim == 1 and keys.dtype.kind == "U" and vectors.ndim == 2 and vectors.dtype.kind == "f"
     if not sound or len(keys) != len(vectors) or not vectors.size or not np.isfinite(vectors).all():
         shapes = f"keys {keys.shape} {keys.dtype}, vectors {vectors.shape} {vectors.dtype}"

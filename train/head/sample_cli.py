@@ -9,7 +9,7 @@ from codec import options
 from codec.console import Exit, progress
 from codec.files import check_writable, write_atomic
 from train.head import tools
-from train.sample_folder import ANY, SAMPLES_JSON, SHEET_PNG, check_empty, chosen, folders_of, write_images
+from train.sample_folder import ANY, SAMPLES_JSON, SHEET_PNG, check_empty, chosen, counts_of, folders_of, write_images
 
 _ROWS = 32  # images in the sheet of `edit`
 
@@ -17,16 +17,19 @@ _ROWS = 32  # images in the sheet of `edit`
 def sample_command(
     head: tools.HeadPath,
     model: tools.Model,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the images; empty, or not there.")],
-    classes: Annotated[
-        str | None,
+    out: tools.Images,
+    classes: tools.Classes = None,
+    per_class: tools.PerClass = 20,
+    n: tools.Number = None,
+    prior: Annotated[
+        Path | None,
         typer.Option(
-            help=f"Names separated by commas; {ANY}: of no class, unless one is called so.",
-            show_default="all classes of the head",
+            metavar="PRIOR",
+            help="Draw units from a prior that fit --head fitted to them, in place of the head's own.",
+            show_default=False,
         ),
     ] = None,
-    per_class: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 20,
-    temperature: Annotated[float, typer.Option(help="Of the units: 0 or more, 1 = as they are distributed.")] = 1.0,
+    temperature: tools.Temperature = 1.0,
     guidance: tools.Guidance = 1.0,
     seed: tools.Seed = 0,
     flow_steps: tools.FlowSteps = None,
@@ -47,22 +50,24 @@ def sample_command(
 
     both = tools.open_both(head, model, device, flow_steps, "decoder")
     both.head.batch = batch
-    names = chosen(classes, both.head.classes)
-    folders = folders_of(names)
-    conditions = [both.condition(name, "--classes") for name in names]
+    stored = None if prior is None else tools.use(both.head, prior)
+    counts = counts_of(chosen(classes, both.head.classes), per_class, n)
+    folders = folders_of(list(counts))
+    conditions = [both.condition(name, "--classes") for name in counts]
     how: dict[str, Any] = {"temperature": temperature, "guidance": guidance, "seed": seed}
     images: dict[str, Any] = {}
     with progress() as bar:
-        task = bar.add_task("drawing", total=len(names))
-        for name, one in zip(names, conditions, strict=True):
-            images[name] = both.images(both.head.sample([one] * per_class, **how))
+        task = bar.add_task("drawing", total=len(counts))
+        for (name, count), one in zip(counts.items(), conditions, strict=True):
+            images[name] = both.images(both.head.sample([one] * count, **how))
             bar.advance(task)
     write_images(out, images, folders)
-    given = {"out": out, "classes": classes, "per-class": per_class, "temperature": temperature, "guidance": guidance}
-    given |= {"seed": seed, "flow-steps": flow_steps, "batch": batch}
+    given: dict[str, Any] = {"out": out, "classes": classes, "per-class": per_class, "n": n, "prior": prior}
+    given |= {"temperature": temperature, "guidance": guidance, "seed": seed, "flow-steps": flow_steps, "batch": batch}
     about = both.about("sample", [head, "-m", model], given)
-    write_json({**about, "classes": folders, "per_class": per_class}, out / SAMPLES_JSON)
-    print(f"{out}: {per_class} images of each of {len(names)} classes; {out / SHEET_PNG}")
+    about["prior"] = None if stored is None else {"folder": str(prior), "prior_id": stored.prior_id}
+    write_json({**about, "classes": folders, "n_images": counts}, out / SAMPLES_JSON)
+    print(f"{out}: {sum(counts.values())} images of {len(counts)} classes; {out / SHEET_PNG}")
     return Exit.OK
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from codec.engine import Engine
     from codec.head import Head
+    from codec.head.fitted_folder import StoredPrior
     from codec.head.network import Units
     from eval.class_folders import Photo
 
@@ -30,6 +31,20 @@ Model = Annotated[
     str, typer.Option("-m", "--model", metavar="MODEL", help="The autoencoder whose latents the head learned.")
 ]
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the results; older ones go.")]
+Images = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the images; empty, or not there.")]
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Names separated by commas; {ANY}: of no class, unless one is called so.",
+        show_default="all classes there are",
+    ),
+]
+PerClass = Annotated[int, typer.Option(min=1, help="Images of each class.")]
+Number = Annotated[
+    int | None,
+    typer.Option("--n", min=1, help="Images of all classes together, in place of --per-class.", show_default=False),
+]
+Temperature = Annotated[float, typer.Option(help="Of what is drawn: 0 or more, 1 = as it is distributed.")]
 Sources = Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Files and folders, with all below them.")]
 FlowSteps = Annotated[
     int | None,
@@ -99,13 +114,7 @@ class Opened:
 
     def condition(self, name: str, option: str) -> str | None:
         """Return a class that the user named, None for `ANY`; raises UsageError for one that there is not."""
-        if name == ANY and ANY not in self.head.classes:
-            self._tell_of_none()
-            return None
-        if name not in self.head.classes:
-            known = ", ".join(self.head.classes) or "none"
-            raise UsageError(f"{option}: {self.head.stored.folder}: no class {name} among {known} (or {ANY})")
-        return name
+        return condition_of(self.head, name, option)
 
     def conditions(self, photos: "Sequence[Photo]", asked: str | None) -> list[str | None]:
         """Return what images are encoded under.
@@ -120,15 +129,8 @@ class Opened:
         if n := found.count(None):
             if self.head.classes:
                 note(f"note: {n} of {len(photos)} images in no folder of a class: encoded without a condition")
-            self._tell_of_none()
+            _tell_of_none(self.head)
         return found
-
-    def _tell_of_none(self) -> None:
-        """Note where the head has never seen that a condition is hidden."""
-        objective = self.head.stored.about.get("objective", {})
-        space = self.head.network.space
-        if (space.n_classes or space.embedding_width) and objective.get("condition_dropout") == 0:
-            note(f"note: {self.head.stored.folder}: trained with condition_dropout 0: it has not learned to do without")
 
     def about(self, verb: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the JSON of every tool begins with.
@@ -138,23 +140,54 @@ class Opened:
             arguments: what follows it.
             options: name -> value, or list of values; None and False are left out.
         """
-        words = ["codec-train", "head", verb, *map(str, arguments)]
-        for name, value in {**options, "device": self.device}.items():
-            for one in value if isinstance(value, list | tuple) else [value]:
-                if one is not None and one is not False:
-                    words += [f"--{name}"] if one is True else [f"--{name}", str(one)]
         origin = self.head.stored.origin
         return {
-            "kind": f"head {verb}",
-            "command": shlex.join(words),
+            **record(verb, arguments, {**options, "device": self.device}),
             "head": {"folder": str(self.head.stored.folder), "head_id": self.head.head_id},
             "model": {
                 "folder": str(self.folder),
                 "encoder_id": origin.encoder_id,
                 "decoder_id": self.engine.decoder_id,
             },
-            "settings": {name: _plain(value) for name, value in options.items()},
         }
+
+
+def use(head: "Head", path: Path) -> "StoredPrior":
+    """Let a head draw units from a fitted prior, see `Head.use`; with a note where that knows less than the head."""
+    stored = head.use(path)
+    space = head.network.space
+    if not stored.classes and (space.n_classes or space.embedding_width):
+        note(f"note: {path}: an unconditional prior: units are drawn whatever the condition, which decodes them")
+    return stored
+
+
+def condition_of(head: "Head", name: str, option: str) -> str | None:
+    """Return a class that the user named, None for `ANY`; raises UsageError for one that a head does not know."""
+    if name == ANY and ANY not in head.classes:
+        _tell_of_none(head)
+        return None
+    if name not in head.classes:
+        known = ", ".join(head.classes) or "none"
+        raise UsageError(f"{option}: {head.stored.folder}: no class {name} among {known} (or {ANY})")
+    return name
+
+
+def _tell_of_none(head: "Head") -> None:
+    """Note where a head has never seen that a condition is hidden."""
+    objective, space = head.stored.about.get("objective", {}), head.network.space
+    if (space.n_classes or space.embedding_width) and objective.get("condition_dropout") == 0:
+        note(f"note: {head.stored.folder}: trained with condition_dropout 0: it has not learned to do without")
+
+
+def record(verb: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the command and its settings, for a JSON; see `Opened.about`."""
+    words = ["codec-train", "head", verb, *map(str, arguments)]
+    for name, value in options.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is not None and one is not False:
+                words += [f"--{name}"] if one is True else [f"--{name}", str(one)]
+    settings = {name: _plain(value) for name, value in options.items() if name != "device"}
+    return {"kind": f"head {verb}", "command": shlex.join(words), "settings": settings}
 
 
 def _plain(value: Any) -> Any:
