@@ -1,4 +1,4 @@
-"""Commands that look at a latent cache: priors fitted to units and to latents, images drawn of them."""
+"""Commands that look at a latent cache: priors fitted to units and to latents, images drawn of them, evaluation."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,9 @@ from eval.class_folders import listed
 from tests.conftest import make_model, photo
 from tests.train.test_head_runs import TINY, config_of, data_of, set_of
 from train.cli import main
+from train.head.anomaly import elbo_bits
 from train.head.fitting import FlowFitConfig, MixtureConfig
+from train.head.likelihood import predicted
 from train.head.second_stage import fit_prior
 from train.head.task import HeadTask
 from train.latent_dataset import LatentDataset
@@ -232,6 +234,78 @@ def test_a_head_of_embeddings_gets_an_unconditional_prior(
     assert "--embeddings: the head's conditions are embeddings" in capsys.readouterr().err
 
 
+# --- evaluate -------------------------------------------------------------------------------------------------------
+
+
+def test_bounds_of_a_head_agree_with_its_closed_form_and_tighten_with_draws(there: dict[str, Path]) -> None:
+    head = Head.load(there["gaussian"], "cpu")  # of two levels
+    z = torch.randn(5, *SPACE.shape, generator=torch.Generator().manual_seed(0))
+    c = ["coat", "hat", None, "hat", "coat"]
+    found = predicted(head, z, c, 150)
+    assert found.iwae is not None
+    assert found.effective is not None
+    closed = elbo_bits(head, z, c, 150, seed=3)  # KL in closed form
+    np.testing.assert_allclose(found.elbo, closed, atol=0.02)
+    assert (found.iwae < found.elbo - 1e-4).all()
+    assert ((found.effective >= 1) & (found.effective <= 150)).all()
+    one = predicted(head, z, c, 1)
+    np.testing.assert_allclose(one.iwae, one.elbo)
+    wrong = predicted(head, z, ["hat", "coat", "hat", "coat", "hat"], 30)
+    assert np.abs(wrong.elbo - found.elbo).min() > 1e-3  # the condition enters
+
+
+def test_a_head_is_measured_on_a_cache(
+    run: Callable[..., Any], there: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = Head.load(there["gaussian"], "cpu")
+    dataset = LatentDataset(there["cache"], sample=False, mirror=False)
+    items = [dataset[n] for n in range(72)]
+    u = head.encode(torch.stack([item["latents"] for item in items]), [None] * 72)[0]
+    told, parity = (u[:, 1] > u[:, 1].median()).long(), np.random.default_rng(0).integers(0, 2, 72)
+    keys = np.array([*[item["key"] for item in items], "unknown"])
+    values = np.stack([[*told.tolist(), 0], [*parity, 0]], axis=1)
+    np.savez(tmp_path / "f.npz", keys=keys, factors=values, names=np.array(["told", "parity"]))
+    prior, fit = run("fit", "cache", "--head", "gaussian", *FAST, name="p")
+    capsys.readouterr()
+    more = ("--prior", prior, "--factors", tmp_path / "f.npz", "--draws", 8)
+    out, about = run("evaluate", "gaussian", "cache", *more)
+    said = capsys.readouterr().out
+    assert (about["n_held_out"], about["head"]["head_id"]) == (N_HELD_OUT, head.head_id)
+    bits = about["bits"]
+    assert bits["iwae"]["value"] < bits["elbo"]["value"]
+    low, high = bits["elbo"]["interval"]
+    assert low < bits["elbo"]["value"] < high
+    nats = about["prior_nats"]
+    # The fit's own figures are of the same latents, other draws of their posteriors.
+    assert nats["own"] == pytest.approx(fit["figures"]["own_nats"], rel=0.05)
+    assert nats["fitted"] == pytest.approx(fit["figures"]["held_out_nats"], rel=0.1)
+    assert bits["gain_of_fitted"] == pytest.approx((nats["own"] - nats["fitted"]) / 256 / np.log(2))
+    assert about["holes"]["own"]["share"] > 0.5 > about["holes"]["fitted"]["share"]
+    assert [len(level["kl_nats"]) for level in about["units"]] == [6, 2 * 4 * 4]
+    assert sum(about["units"][0]["kl_nats"]) == pytest.approx(about["measured"]["kl_1"], rel=1e-4)
+    factors = about["factors"]
+    assert (factors["n"], factors["names"]) == (72, ["told", "parity"])
+    assert int(np.argmax(factors["mig"]["information"][0])) == 1
+    assert factors["sap"]["accuracy"][0][1] > 0.9 > max(factors["sap"]["accuracy"][1])
+    assert images.load(out / "kl.png").shape[0] > 500
+    for line in ("ELBO, bits a number (8 draws)", "IWAE", "active units, level 2", "prior in holes", "MIG", "SAP"):
+        assert line in said
+    assert about["command"].startswith("codec-train head evaluate ")
+
+
+def test_a_flow_matching_head_has_no_importance_weighted_bound(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, about = run("evaluate", "matching", "cache", "--draws", 2, "--held-out", 6)
+    said = capsys.readouterr()
+    assert about["bits"]["iwae"] is None
+    assert about["holes"] is None
+    assert about["factors"] is None
+    assert "no IWAE bound" in said.err
+    assert "6 held-out samples, 40 are needed to look for holes" in said.err
+    assert "held out 44 samples, here 6" in said.err
+
+
 def test_what_does_not_belong_together_is_refused_in_one_line(
     run: Callable[..., Any],
     there: dict[str, Path],
@@ -253,12 +327,14 @@ def test_what_does_not_belong_together_is_refused_in_one_line(
     assert "units of head 0123456789abcdef, not of the units of head" in refused(*sample, "--prior", units, code=3)
     assert "a prior of latents, without a head" in refused(*sample, "--prior", latents, code=3)
     assert "no fitted prior here" in refused(*sample, "--prior", there["cache"], code=3)
+    assert "not of the units of head" in refused("evaluate", "gaussian", "cache", "--prior", units, code=3)
     other = new_model("other", seed=1)
     assert "latents of encoder" in refused("draw", latents, "-m", other, code=3)
     assert "not of latents" in refused("draw", units, "-m", "model", code=3)
     assert "no class shoe among none" in refused("draw", latents, "-m", "model", "--classes", "shoe")
     assert "no class shoe among coat, hat" in refused(*sample, "--classes", "shoe")
     assert "no sample has a class" in refused("fit", "plain", "--head", "gaussian")
+    assert "no sample has a class" in refused("evaluate", "gaussian", "plain")
     assert "there are no classes" in refused("fit", "plain", "--per-class", "--held-out", 5)
     assert "--kind vamp, expected mixture, flow, standard" in refused("fit", "cache", "--kind", "vamp")
     assert "at most one for each of" in refused("fit", "cache", "--components", 500, "--held-out", 5)
@@ -270,3 +346,10 @@ def test_what_does_not_belong_together_is_refused_in_one_line(
     (stranger / "head.json").write_text(json.dumps(about))
     (stranger / "head.safetensors").write_bytes((there["gaussian"] / "head.safetensors").read_bytes())
     assert "latents of encoder ffffffffffffffff" in refused("fit", "cache", "--head", stranger, code=3)
+    assert "latents of encoder ffffffffffffffff" in refused("evaluate", stranger, "cache", code=3)
+    np.savez(tmp_path / "f.npz", keys=np.array(["a"]), factors=np.array([[1]]), names=np.array(["x"]))
+    evaluate = ("evaluate", "gaussian", "cache", "--draws", 1, "--factors", tmp_path / "f.npz")
+    assert "none of 72 samples has a key in it" in refused(*evaluate)
+    assert "no class shoe among coat, hat" in refused(*evaluate, "--as", "shoe")
+    np.savez(tmp_path / "f.npz", keys=np.array(["a"]), factors=np.array([[0.5]]), names=np.array(["x"]))
+    assert "expected (N,) strings, (N, F) integers and (F,) strings" in refused(*evaluate)

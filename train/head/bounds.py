@@ -84,7 +84,7 @@ def per_row(density: Callable[..., Tensor], *given: Tensor) -> LogDensity:
     """
 
     def of(u: Tensor) -> Tensor:
-        flat: Tensor = density(u.flatten(0, 1), *(_repeated(part, len(u)) for part in given))
+        flat: Tensor = density(u.flatten(0, 1), *(repeated(part, len(u)) for part in given))
         return flat.reshape(u.shape[:2])
 
     return of
@@ -106,15 +106,15 @@ def draws_of(
     """
 
     def of(n: int) -> tuple[Tensor, Tensor]:
-        mean, logvar = (_repeated(part, n) for part in (posterior.mean, posterior.logvar))
+        mean, logvar = (repeated(part, n) for part in (posterior.mean, posterior.logvar))
         at = torch.device("cpu") if generator is None else generator.device
         noise = torch.randn(mean.shape, generator=generator, device=at).to(mean)
-        u, log_q = draw(Gaussian(mean, logvar), noise, flow, None if context is None else _repeated(context, n))
+        u, log_q = draw(Gaussian(mean, logvar), noise, flow, None if context is None else repeated(context, n))
         return u.reshape(n, *posterior.mean.shape), log_q.reshape(n, -1)
 
     return of
 
 
-def _repeated(values: Tensor, n: int) -> Tensor:
+def repeated(values: Tensor, n: int) -> Tensor:
     """Return (B, ...) n times one after the other, (n*B, ...)."""
     return values.repeat(n, *[1] * (values.ndim - 1))
