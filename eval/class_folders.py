@@ -10,6 +10,9 @@ from codec import files, images
 from codec.errors import ImageError, UsageError
 from eval.protocol import Protocol
 
+UNLABELLED = "any"
+"""Label of images whose folders are no classes."""
+
 
 @dataclass(frozen=True)
 class Photo:
@@ -17,7 +20,7 @@ class Photo:
 
     Attributes:
         key: its path in the folder.
-        label: the folder that directly holds it.
+        label: the folder that directly holds it, or `UNLABELLED`.
         pixels: (S, S, 3) uint8.
     """
 
@@ -26,49 +29,62 @@ class Photo:
     pixels: np.ndarray
 
 
-def side_of(folder: Path) -> int:
-    """Return the shorter side of the first image in the class folders of a folder, in pixels.
+def side_of(folder: Path, labelled: bool = True) -> int:
+    """Return the shorter side of the first image that `listed` gives, in pixels.
 
     Raises:
         UsageError: there is none.
         ImageError: it cannot be read.
     """
-    first = listed(folder)[0]
+    first = listed(folder, labelled)[0]
     height, width = images.load(images.read(first.path), name=str(first.path)).shape[:2]
     return int(min(height, width))
 
 
-def listed(folder: Path) -> list[files.Source]:
+def listed(folder: Path, labelled: bool = True) -> list[files.Source]:
     """Return the images in class folders; those directly in the folder (a sheet of samples) are of no class.
+
+    Args:
+        folder: holds them.
+        labelled: False = folders are no classes: where there are none, images directly in the folder count.
 
     Raises:
         UsageError: there is none.
     """
-    found = [source for source in files.find([folder], images.EXTENSIONS) if source.relative.parent.name]
+    every = files.find([folder], images.EXTENSIONS)
+    found = [source for source in every if source.relative.parent.name]
+    if not found and not labelled:
+        return every
     if not found:
         raise UsageError(f"{folder}: no image in a class folder (expected {folder}/<class>/<image>)")
     return found
 
 
 def read_photos(
-    folder: Path, protocol: Protocol, failed: list[str], advance: Callable[[], None] = lambda: None
+    folder: Path,
+    protocol: Protocol,
+    failed: list[str],
+    advance: Callable[[], None] = lambda: None,
+    labelled: bool = True,
 ) -> list[Photo]:
-    """Read a folder of class folders.
+    """Read a folder of class folders, or of images without classes.
 
     Args:
         folder: holds them.
         protocol: how images are prepared; gives squares of one size.
         failed: takes a line for each image that cannot be used.
         advance: called after each image.
+        labelled: see `listed`; False = all are `UNLABELLED`.
 
     Raises:
         UsageError: none can be used.
     """
     found = []
-    for source in listed(folder):
+    for source in listed(folder, labelled):
         try:
             pixels = protocol.prepare(images.load(images.read(source.path), name=str(source.path)))
-            found.append(Photo(str(source.relative), source.relative.parent.name, pixels))
+            label = source.relative.parent.name if labelled else UNLABELLED
+            found.append(Photo(str(source.relative), label, pixels))
         except ImageError as exception:
             text = str(exception)
             failed.append(text if text.startswith(str(source.path)) else f"{source.path}: {text}")

@@ -1,4 +1,4 @@
-"""A judge of class-conditional samples of any generator, against photographs.
+"""A judge of samples of any generator, by class or without classes, against photographs.
 
     training photographs, sharp and blurred -> features -> linear probe
     held-out photographs, through the codec -> probe -> A, what the best generator of this codec's images could reach
@@ -7,7 +7,7 @@
             -> Frechet distance, precision, recall, density, coverage; diversity within a class
     nearest training photograph of each sample, and of each held-out one -> is it copied?
 
-Entry: `judge`. Imports torch.
+Without classes there is no probe, and of the rest all images count as one class. Entry: `judge`. Imports torch.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from PIL import Image
 
 from codec.errors import UsageError
 from eval import class_means, jackknife
-from eval.class_folders import Photo, by_class, labels_of
+from eval.class_folders import UNLABELLED, Photo, by_class, labels_of
 from eval.distribution import frechet_of_sets, neighbourhoods
 from eval.feature_networks import FeatureNetwork
 from eval.jackknife import jackknife as left_out
@@ -51,6 +51,10 @@ SETTINGS = {
 }
 
 
+UNCONDITIONAL = "samples without classes: no probe; control, diversity and nearest over all images alike"
+"""What the protocol of such a result says beside SETTINGS."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Images:
     """What is judged, and by what.
@@ -59,7 +63,7 @@ class Images:
         samples: of the generator; their labels are what was asked for.
         training: what it learned from.
         held_out: of the same classes.
-        classes: names, in order; those of the samples.
+        classes: names, in order; those of the samples. `UNLABELLED` alone: there are none.
     """
 
     samples: Sequence[Photo]
@@ -78,12 +82,25 @@ class Images:
         classes = sorted({photo.label for photo in training})
         for what, photos in (("samples", samples), ("held-out photographs", held_out)):
             if unknown := sorted({photo.label for photo in photos} - set(classes)):
-                raise UsageError(f"{what} of class {unknown[0]}, of which there is no training photograph")
+                raise UsageError(
+                    f"{what} of class {unknown[0]}, of which there is no training photograph; --unconditional judges "
+                    "samples without classes"
+                )
         if missing := sorted(set(classes) - {photo.label for photo in held_out}):
             raise UsageError(f"no held-out photograph of class {missing[0]}")
         if len(classes) < 2:
             raise UsageError(f"one class, {classes[0]}: nothing to tell apart")
         return cls(samples=samples, training=training, held_out=held_out, classes=classes)
+
+    @classmethod
+    def unconditional(cls, samples: Sequence[Photo], training: Sequence[Photo], held_out: Sequence[Photo]) -> "Images":
+        """Return images without classes; all are labelled `UNLABELLED`."""
+        return cls(samples=samples, training=training, held_out=held_out, classes=[UNLABELLED])
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether there is something to tell apart."""
+        return len(self.classes) > 1
 
 
 @dataclass(frozen=True)
@@ -114,25 +131,50 @@ def judge(
     side = images.samples[0].pixels.shape[0]
     if side < network.least_side:
         raise UsageError(f"{side} pixels: {network.name} takes images from {network.least_side} pixels on")
-    say(f"features of {len(images.training)} training photographs, {len(BLURS)} versions each")
-    probe = _probe(images, network)
+    probe = None
+    if images.has_classes:
+        say(f"features of {len(images.training)} training photographs, {len(BLURS)} versions each")
+        probe = _probe(images, network)
     say(f"{len(images.training) + len(images.held_out)} photographs through the codec" if codec else "features")
     training, held_out = (_through(part, codec) for part in (images.training, images.held_out))
     known, test = _Looked(training, features(network, training)), _Looked(held_out, features(network, held_out))
     drawn = _Looked(images.samples, features(network, images.samples))
     original = features(network, images.held_out) if codec else test.features
     say("distances")
-    classes = images.classes
-    asked, shares = labels_of(images.samples, classes), probe.shares(drawn.features)
-    counts = _counts(shares.argmax(1), images.samples, classes)
-    reached = _counts(probe.shares(test.features).argmax(1), held_out, classes)
     nearest, rows = _nearest(drawn, known, test)
-    for n, row in enumerate(rows):
-        row |= {"asked": images.samples[n].label, "seen_as": classes[int(shares[n].argmax())]}
-        row["share_of_asked"] = float(shares[n, asked[n]])
+    if not images.has_classes:
+        for part in nearest.values():
+            part["ratio_by_class"] = None
     found = {
         "n_samples": len(images.samples),
         "n_held_out": len(images.held_out),
+        **dict.fromkeys(_OF_CLASSES),
+        "sets": _sets(original, drawn, known),
+        "sets_through_codec": _sets(test.features, drawn, known) if codec else None,
+        "diversity": _diversity(drawn, test, images.classes),
+        "nearest": nearest,
+        "images": rows,
+    }
+    if probe is not None:
+        found |= _told_apart(images, probe, drawn, test, original, rows)
+    return found, [known.photos[row["nearest_at"]].pixels for row in rows]
+
+
+_OF_CLASSES = ("chance", "probe_penalty", "A", "accuracy_on_photographs", "agreement", "agreement_of_A", "by_class")
+
+
+def _told_apart(
+    images: Images, probe: Probe, drawn: _Looked, test: _Looked, original: np.ndarray, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what a probe says of classes, see `_OF_CLASSES`, and add to each sample's row what it is taken for."""
+    classes = images.classes
+    asked, shares = labels_of(images.samples, classes), probe.shares(drawn.features)
+    counts = _counts(shares.argmax(1), images.samples, classes)
+    reached = _counts(probe.shares(test.features).argmax(1), test.photos, classes)
+    for n, row in enumerate(rows):
+        row |= {"asked": images.samples[n].label, "seen_as": classes[int(shares[n].argmax())]}
+        row["share_of_asked"] = float(shares[n, asked[n]])
+    return {
         "chance": 1 / len(classes),
         "probe_penalty": probe.penalty,
         "A": class_means.class_mean(reached),
@@ -141,13 +183,8 @@ def judge(
         ),
         "agreement": class_means.class_mean(counts),
         "agreement_of_A": class_means.class_mean_ratio(counts, {name: reached[name] for name in counts}),
-        "sets": _sets(original, drawn, known),
-        "diversity": _diversity(drawn, test, classes),
-        "nearest": nearest,
         "by_class": _by_class(counts, reached, rows, classes),
-        "images": rows,
     }
-    return found, [known.photos[row["nearest_at"]].pixels for row in rows]
 
 
 def features(network: FeatureNetwork, photos: Sequence[Photo]) -> np.ndarray:
@@ -202,11 +239,13 @@ def _control(drawn: _Looked, known: _Looked) -> np.ndarray:
 
 
 def _sets(original: np.ndarray, drawn: _Looked, known: _Looked) -> dict[str, Any] | None:
-    """Return each number of `_compared` for the samples and for the control; None of too few images."""
+    """Return each number of `_compared` for the samples and for the control against photographs, and "n": how many
+    images and features these are of; None of too few images."""
     control = known.features[_control(drawn, known)]
-    if min(len(original), len(drawn.features), len(control)) < FEWEST:
+    sizes = {"samples": len(drawn.features), "control": len(control), "held_out": len(original)}
+    if min(sizes.values()) < FEWEST:
         return None
-    found = {}
+    found: dict[str, Any] = {"n": {**sizes, "features": original.shape[1]}}
     for name, other in (("samples", drawn.features), ("control", control)):
         scores = left_out(_compared, (original, other))
         found[name] = {key: {k: score[k] for k in ("value", "interval")} for key, score in scores.items()}

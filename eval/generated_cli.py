@@ -1,7 +1,8 @@
-"""`codec-eval generated`: a judge of class-conditional samples. Imports torch only when it measures."""
+"""`codec-eval generated`: a judge of samples. Imports torch only when it measures."""
 
 import shlex
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +51,13 @@ def generated_command(
             show_default=False,
         ),
     ] = None,
+    unconditional: Annotated[
+        bool,
+        typer.Option(
+            "--unconditional",
+            help="Samples have no classes: all images below the folders count alike, and nothing is said of classes.",
+        ),
+    ] = False,
     size: Annotated[
         int | None,
         typer.Option(min=8, help="Side in pixels that all images are prepared to.", show_default="the samples'"),
@@ -71,13 +79,15 @@ def generated_command(
     ] = NETWORK,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda:1 ...")] = "auto",
 ) -> int:
-    """Judge class-conditional samples: do they show the class, are they diverse, are they copies? generated.json.
+    """Judge samples: do they show the class, are they like photographs, diverse, copies? generated.json.
 
     A linear probe on a frozen network's features, trained on the training photographs, is the judge; what it makes of
     held-out photographs through the same codec is what can be expected of samples. Writes nearest.png: each sample
-    beside the training image nearest to it.
+    beside the training image nearest to it. With --unconditional there is no probe; Frechet distance and the other
+    numbers of sets, diversity and nearest images are there.
 
-    Example: codec-eval generated samples --train clothing/train --held-out clothing/test -m runs/vq/model -o judged
+    Examples: codec-eval generated samples --train clothing/train --held-out clothing/test -m runs/vq/model -o judged
+    codec-eval generated drawn --unconditional --train clothing/train --held-out clothing/test -m runs/kl/model -o out
     """
     from codec import files
     from codec.engine import pick_device
@@ -89,26 +99,29 @@ def generated_command(
     given = {"model": model, "size": size, "features": backbones}
     command = ["codec-eval", "generated", str(samples), f"--train={training}", f"--held-out={held_out}"]
     command += [f"--{name}={value}" for name, value in given.items() if value is not None]
+    command += ["--unconditional"] if unconditional else []
     command += [f"--fid-network={network}", f"--device={device}", f"--out={out}"]
-    protocol = folder_of(size or side_of(samples))
+    protocol = folder_of(size or side_of(samples, not unconditional))
 
     from eval.feature_networks import load_network
-    from eval.generated import SETTINGS, Images, judge
+    from eval.generated import SETTINGS, UNCONDITIONAL, Images, judge
 
     where = str(pick_device(device))
     judged = load_network(network, backbones, where)
     codec, description = _codec(model, device)
     failed: list[str] = []
-    images = Images.of(*_read(protocol, failed, samples, training, held_out))
+    read = _read(protocol, failed, not unconditional, samples, training, held_out)
+    images = Images.unconditional(*read) if unconditional else Images.of(*read)
     found, nearest = judge(images, judged, codec, note)
-    document = protocol.document("generated", {**SETTINGS, "network": judged.settings}, model=description)
+    settings = {**SETTINGS, "network": judged.settings} | ({"unconditional": UNCONDITIONAL} if unconditional else {})
+    document = protocol.document("generated", settings, model=description)
     names = {"samples": samples, "training": training, "held_out": held_out}
     result = {
         **header("generated", shlex.join(command)),
         "protocol": document,
         "protocol_hash": digest(document),
         "dataset": {key: {"folder": str(path), "n_images": len(getattr(images, key))} for key, path in names.items()},
-        "classes": list(images.classes),
+        "classes": None if unconditional else list(images.classes),
         "feature_network": judged.about(),
         "model": description,
         **found,
@@ -135,13 +148,13 @@ def _codec(model: Path | None, device: str) -> "tuple[Codec | None, dict[str, An
     return (lambda key, pixels: loaded(key, pixels).x_hat), loaded.description()
 
 
-def _read(protocol: "Protocol", failed: list[str], *folders: Path) -> "Iterator[list[Photo]]":
+def _read(protocol: "Protocol", failed: list[str], labelled: bool, *folders: Path) -> "Iterator[list[Photo]]":
     from eval.class_folders import listed, read_photos
 
     with progress() as bar:
         for folder in folders:
-            task = bar.add_task(f"reading {folder.name}", total=len(listed(folder)))
-            yield read_photos(folder, protocol, failed, lambda task=task: bar.advance(task, 1))  # type: ignore[misc]
+            task = bar.add_task(f"reading {folder.name}", total=len(listed(folder, labelled)))
+            yield read_photos(folder, protocol, failed, partial(bar.advance, task, 1), labelled)
 
 
 def _picture(samples: "list[Photo] | Any", nearest: "list[np.ndarray]", classes: Any) -> bytes:
@@ -173,16 +186,20 @@ def _print(result: Mapping[str, Any]) -> None:
 
 def _lines(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     through = "photographs, codec" if result["model"] else "photographs"
-    yield "agreement with the class asked for", _told(result["agreement"]), f"A {_told(result['A'])}"
-    yield "agreement / A", _told(result["agreement_of_A"]), f"chance / A {_share(result)}"
+    if result["agreement"] is not None:
+        yield "agreement with the class asked for", _told(result["agreement"]), f"A {_told(result['A'])}"
+        yield "agreement / A", _told(result["agreement_of_A"]), f"chance / A {_share(result)}"
+    if (passed := result["sets_through_codec"]) is not None:
+        label = "Frechet distance to photographs, codec"
+        yield label, _told(passed["samples"]["frechet"]), f"control {_told(passed['control']['frechet'])}"
     if result["sets"] is not None:
-        for key, label in (("frechet", "Frechet distance"), *((key, key) for key in _NEIGHBOURS)):
+        for key, label in (("frechet", "Frechet distance to photographs"), *((key, key) for key in _NEIGHBOURS)):
             samples, control = (result["sets"][which][key] for which in ("samples", "control"))
-            yield f"{label} (control)", _told(samples), _told(control)
+            yield label, _told(samples), f"control {_told(control)}"
     diversity = result["diversity"]
     if diversity["ratio"] is not None:
         yield (
-            f"diversity within a class ({through})",
+            f"diversity{'' if result['agreement'] is None else ' within a class'} ({through})",
             f"{diversity['samples']:.3f}",
             f"{diversity['photographs']:.3f}",
         )
@@ -227,7 +244,8 @@ def _copies(nearest: Mapping[str, Any], n_held_out: int) -> str:
 def conclusions(result: Mapping[str, Any]) -> list[str]:
     """Return plain sentences on what the numbers say and what they do not."""
     found = []
-    ratio, a = result["agreement_of_A"]["value"], result["A"]["value"]
+    by_class = result["agreement"] is not None
+    ratio, a = (result[name]["value"] if by_class else None for name in ("agreement_of_A", "A"))
     if ratio is not None:
         found.append(
             f"The probe takes {result['agreement']['value']:.0%} of the samples for what was asked for, {ratio:.2f} of "
@@ -236,12 +254,21 @@ def conclusions(result: Mapping[str, Any]) -> list[str]:
     found.append(_copies(result["nearest"]["features"], result["n_held_out"]))
     ratio = result["diversity"]["ratio"]
     if ratio is not None:
-        found.append(f"Within a class samples are {ratio:.2f} times as far apart as photographs.")
+        where = "Within a class samples" if by_class else "Samples"
+        found.append(f"{where} are {ratio:.2f} times as far apart as photographs.")
     if result["sets"] is None:
         found.append("Too few images to compare sets.")
+    else:
+        n = result["sets"]["n"]
+        found.append(
+            f"Sets: {n['samples']} samples, {n['control']} control images and {n['held_out']} photographs, "
+            f"{n['features']} features. A Frechet distance is larger the fewer images it is of: compare it at equal "
+            "numbers alone, and with the control."
+        )
+    says = "samples have a class's looks to a linear probe" if by_class else "samples as a set are like photographs"
     found.append(
-        "This says whether samples have a class's looks to a linear probe, in these features. It does not say whether "
+        f"This says whether {says}, in these features. It does not say whether "
         "people find them good; a picture with the right texture may pass. Few samples and few photographs: mind the "
-        "intervals, and compare sets only at equal numbers."
+        "intervals."
     )
     return found

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from codec import images
 from codec.errors import UsageError
-from eval.class_folders import Photo
+from eval.class_folders import UNLABELLED, Photo
 from eval.class_means import class_mean, class_mean_ratio, median, median_ratio
 from eval.cli import main
 from eval.feature_networks import FeatureNetwork
@@ -155,9 +155,42 @@ def test_A_is_of_photographs_through_the_codec(network: FeatureNetwork) -> None:
     assert found["accuracy_on_photographs"]["value"] > 0.95
 
 
+def test_samples_without_classes_are_compared_as_sets(network: FeatureNetwork) -> None:
+    def unlabelled(found: list[Photo]) -> list[Photo]:
+        return [Photo(photo.key, UNLABELLED, photo.pixels) for photo in found]
+
+    def against(samples: list[Photo], codec: Any = None) -> dict[str, Any]:
+        parts = (unlabelled(part) for part in (samples, photos(12, 0), photos(8, 100)))
+        return judge(Images.unconditional(*parts), network, codec)[0]
+
+    found = against(photos(9, 200))
+    assert {found[key] for key in ("A", "agreement", "by_class", "chance")} == {None}
+    assert found["sets"]["n"] == {"samples": 27, "control": 27, "held_out": 24, "features": 48}
+    assert found["sets_through_codec"] is None
+    assert found["nearest"]["features"]["ratio_by_class"] is None
+    assert "asked" not in found["images"][0]
+    # One class alone is far from photographs of all, and no probe is asked.
+    narrow = against([photo for photo in photos(27, 200) if photo.label == "red"])
+    frechet = [each["sets"]["samples"]["frechet"]["value"] for each in (found, narrow)]
+    assert frechet[1] > 5 * frechet[0]
+    assert narrow["sets"]["control"] == found["sets"]["control"]
+    assert narrow["diversity"]["ratio"] < 0.5 < found["diversity"]["ratio"]
+    text = " ".join(conclusions(found))
+    assert "27 samples, 27 control images and 24 photographs, 48 features" in text
+    assert "probe" not in text
+
+    def darken(key: str, pixels: np.ndarray) -> np.ndarray:
+        return (pixels // 2).astype(np.uint8)
+
+    dark = [Photo(photo.key, photo.label, darken(photo.key, photo.pixels)) for photo in photos(8, 100)]
+    found = against(dark, darken)  # what the codec makes of the photographs themselves
+    assert found["sets_through_codec"]["samples"]["frechet"]["value"] == pytest.approx(0, abs=1e-9)
+    assert found["sets"]["samples"]["frechet"]["value"] > 0.1
+
+
 def test_classes_that_do_not_fit_are_refused() -> None:
     train, held_out = photos(2, 0), photos(2, 10)
-    with pytest.raises(UsageError, match="samples of class mauve"):
+    with pytest.raises(UsageError, match=r"samples of class mauve, .* --unconditional judges"):
         Images.of([Photo("a", "mauve", train[0].pixels)], train, held_out)
     with pytest.raises(UsageError, match="no held-out photograph of class blue"):
         Images.of(train, train, [photo for photo in held_out if photo.label != "blue"])
@@ -254,4 +287,22 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capsys: pytest
     assert result["by_class"]["red"]["n_samples"] == 4
     picture_ = Image.open(out / "nearest.png")
     assert picture_.width > 8 * 64
+    assert result["sets"]["n"] == {"samples": 12, "control": 12, "held_out": 12, "features": 512}
     assert main([*command[:1], str(tmp_path / "none"), *command[2:]]) == 2
+    # Of an unconditional generator: one folder that is no class, or none at all.
+    for name, folder in (("any", "any"), ("flat", "")):
+        drawn = [Photo(f"{folder}/{n}.png".lstrip("/"), "", photo.pixels) for n, photo in enumerate(photos(4, 200))]
+        drawn_folder = written(tmp_path / name, drawn)
+        words = [str(drawn_folder) if word == str(samples) else word for word in command]
+        more = ["--features", str(weights), "--device", "cpu"]
+        if folder:
+            assert main([*words, *more]) == 2
+            assert "--unconditional judges samples without classes" in capsys.readouterr().err
+        assert main([*words, *more, "--unconditional"]) == 0
+        said = capsys.readouterr().out
+        assert "Frechet distance to photographs" in said
+        assert "agreement" not in said
+        again = json.loads((out / "generated.json").read_text())
+        assert (again["n_samples"], again["classes"], again["agreement"]) == (12, None, None)
+        assert again["protocol_hash"] != result["protocol_hash"]
+        assert again["command"].count("--unconditional") == 1
