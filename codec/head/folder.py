@@ -8,28 +8,24 @@
 Imports torch and diffusers.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from codec.engine import Engine
-from codec.errors import ModelError, UsageError
-from codec.files import write_atomic
+from codec.errors import ModelError
 from codec.head.config import NetworkConfig, Space
 from codec.head.network import ConditionalHead
 from codec.head.second_stage import FittedPrior, restore
 from codec.latent_model import Normalisation, encoder_id, normalisation_from_json, normalisation_to_json
+from codec.network_folder import FolderKind, write_tensors
 from codec.shards import read_json
 
-HEAD_JSON, WEIGHTS, FITTED = "head.json", "head.safetensors", "fitted.safetensors"
-KIND, VERSION = "latent-codec head", 1
+HEAD = FolderKind(name="head", version=1, about="head.json", weights="head.safetensors")
+FITTED = "fitted.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,34 +108,16 @@ def read(path: Path) -> Stored:
     Raises:
         ModelError: missing, damaged, or something else.
     """
-    folder = path if is_head(path) or not is_head(path / "model") else path / "model"
-    if not is_head(folder):
-        raise ModelError(f"{path}: no head here (expected {HEAD_JSON}, as codec-train run writes to RUN/model)")
-    about = read_json(folder / HEAD_JSON)
-    if about.get("version") != VERSION:
-        raise ModelError(f"{folder}: a head of version {about.get('version')}, expected {VERSION}")
-    try:
+    folder, about = HEAD.open(path)
+    with HEAD.reading(folder):
         network = ConditionalHead(NetworkConfig(**about["network"]), Space(**about["space"]))
-        network.load_state_dict(load((folder / WEIGHTS).read_bytes()))
+        HEAD.fill(network, folder)
         origin = Origin.from_json(about["codec"])
         classes = tuple(about["classes"])
         fitted = None
         if "fitted" in about:
             fitted = restore(about["fitted"]["prior"], load((folder / FITTED).read_bytes()), str(folder / FITTED))
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as exception:
-        reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        raise ModelError(f"{folder}: damaged: {reason}") from exception
-    network.requires_grad_(False).eval()
     return Stored(folder=folder, network=network, origin=origin, classes=classes, about=about, fitted=fitted)
-
-
-def head_id(network: ConditionalHead) -> str:
-    """Return what tells heads apart: 16 hex digits, SHA-256 over the tensors, sorted by name, as float16."""
-    sha = hashlib.sha256(b"latent-codec head 0")
-    for name, tensor in sorted(network.state_dict().items()):
-        with np.errstate(over="ignore"):
-            sha.update(name.encode() + b"\0" + tensor.float().cpu().numpy().astype("<f2").tobytes())
-    return sha.hexdigest()[:16]
 
 
 def write(
@@ -159,18 +137,16 @@ def write(
         more: what else head.json is to hold.
     """
     about = {
-        "kind": KIND,
-        "version": VERSION,
-        "head_id": head_id(network),
+        "kind": HEAD.kind,
+        "version": HEAD.version,
+        "head_id": HEAD.id_of(network),
         "network": dict(vars(network.config)),
         "space": network.space.to_json(),
         "classes": list(classes),
         "codec": origin.to_json(),
         **more,
     }
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_atomic(out / WEIGHTS, save(tensors))
-    write_atomic(out / HEAD_JSON, (json.dumps(about, indent=2) + "\n").encode())
+    HEAD.write(out, network, about)
     return about
 
 
@@ -182,22 +158,12 @@ def add_fitted(folder: Path, prior: FittedPrior, more: Mapping[str, Any]) -> Non
         prior: of its first level's units.
         more: what else head.json is to say about it.
     """
-    about = read_json(folder / HEAD_JSON)
+    about = read_json(folder / HEAD.about)
     units, n_classes = about["network"]["units"], about["space"]["n_classes"]
     if prior.n_units != units or prior.n_classes not in (0, n_classes):
         raise ValueError(
             f"{folder}: a prior of {prior.n_units} units and {prior.n_classes} classes, expected {units} "
             f"and {n_classes} or 0"
         )
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prior.state_dict().items()}
-    write_atomic(folder / FITTED, save(tensors))
-    fitted = {"prior": prior.config(), **more}
-    write_atomic(folder / HEAD_JSON, (json.dumps({**about, "fitted": fitted}, indent=2) + "\n").encode())
-
-
-def is_head(folder: Path) -> bool:
-    """Whether a folder is a head's."""
-    try:
-        return bool(read_json(folder / HEAD_JSON).get("kind") == KIND)
-    except UsageError:
-        return False
+    write_tensors(folder / FITTED, prior.state_dict())
+    HEAD.write_about(folder, {**about, "fitted": {"prior": prior.config(), **more}})

@@ -19,7 +19,7 @@ from torch import Tensor
 from codec import console, model_folder
 from codec.engine import Engine, EngineConfig, pick_device
 from codec.head.conditions import Conditions, conditions_of, generators
-from codec.head.folder import Stored, head_id, read
+from codec.head.folder import HEAD, Stored, read
 from codec.head.network import ConditionalHead, Drawing, Units
 from codec.head.second_stage import FittedPrior
 from codec.runtime import Codec
@@ -61,7 +61,7 @@ class Head:
             UsageError: there is no such device.
         """
         where, stored = pick_device(device), read(Path(path))
-        its_id = head_id(stored.network)
+        its_id = HEAD.id_of(stored.network)
         stored.network.to(where)
         if stored.fitted is not None:
             stored.fitted.to(where)
