@@ -46,6 +46,11 @@ class FolderKind:
         """What the JSON says that it is."""
         return f"latent-codec {self.name}"
 
+    @property
+    def id_key(self) -> str:
+        """Where the JSON states the id of the weights."""
+        return f"{self.name}_id"
+
     def is_at(self, folder: Path) -> bool:
         """Whether a folder is of this kind."""
         try:
@@ -82,10 +87,28 @@ class FolderKind:
             reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
             raise ModelError(f"{folder}: damaged: {reason}") from exception
 
-    def fill(self, network: nn.Module, folder: Path) -> None:
-        """Read the weights of a folder into a network, which is then for inference alone; see `reading`."""
+    def fill(self, network: nn.Module, folder: Path, about: Mapping[str, Any]) -> str:
+        """Read the weights of a folder into a network, which is then for inference alone; see `reading`.
+
+        Args:
+            network: of the right shapes.
+            folder: where they lie.
+            about: its JSON, which states their id.
+
+        Returns:
+            The id.
+
+        Raises:
+            ModelError: they are not those that the JSON states.
+        """
         network.load_state_dict(load((folder / self.weights).read_bytes()))
         network.requires_grad_(False).eval()
+        its_id, stated = self.id_of(network), about[self.id_key]
+        if its_id != stated:
+            raise ModelError(
+                f"{folder}: {self.weights} has the {self.name} id {its_id}, not {stated}, which {self.about} states"
+            )
+        return its_id
 
     def id_of(self, network: nn.Module) -> str:
         """Return what tells networks apart: 16 hex digits, SHA-256 over the tensors, sorted by name, as float16."""

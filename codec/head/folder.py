@@ -84,6 +84,7 @@ class Stored:
 
     Attributes:
         folder: where from.
+        head_id: 16 hex digits, SHA-256 over its weights.
         network: float32, for inference, on the CPU.
         origin: whose latents it knows.
         classes: names of the labels 0, 1, ...; empty with embeddings, and without a condition.
@@ -92,6 +93,7 @@ class Stored:
     """
 
     folder: Path
+    head_id: str
     network: ConditionalHead
     origin: Origin
     classes: tuple[str, ...]
@@ -106,18 +108,20 @@ def read(path: Path) -> Stored:
         path: its folder, or the run that wrote it to `model`.
 
     Raises:
-        ModelError: missing, damaged, or something else.
+        ModelError: missing, damaged, something else, or weights that are not those that its id is of.
     """
     folder, about = HEAD.open(path)
     with HEAD.reading(folder):
         network = ConditionalHead(NetworkConfig(**about["network"]), Space(**about["space"]))
-        HEAD.fill(network, folder)
+        its_id = HEAD.fill(network, folder, about)
         origin = Origin.from_json(about["codec"])
         classes = tuple(about["classes"])
         fitted = None
         if "fitted" in about:
             fitted = restore(about["fitted"]["prior"], load((folder / FITTED).read_bytes()), str(folder / FITTED))
-    return Stored(folder=folder, network=network, origin=origin, classes=classes, about=about, fitted=fitted)
+    return Stored(
+        folder=folder, head_id=its_id, network=network, origin=origin, classes=classes, about=about, fitted=fitted
+    )
 
 
 def write(
@@ -139,7 +143,7 @@ def write(
     about = {
         "kind": HEAD.kind,
         "version": HEAD.version,
-        "head_id": HEAD.id_of(network),
+        HEAD.id_key: HEAD.id_of(network),
         "network": dict(vars(network.config)),
         "space": network.space.to_json(),
         "classes": list(classes),

@@ -19,7 +19,7 @@ from torch import Tensor
 from codec import console, model_folder
 from codec.engine import Engine, EngineConfig, pick_device
 from codec.head.conditions import Conditions, conditions_of, generators
-from codec.head.folder import HEAD, Stored, read
+from codec.head.folder import Stored, read
 from codec.head.network import ConditionalHead, Drawing, Units
 from codec.head.second_stage import FittedPrior
 from codec.runtime import Codec
@@ -34,7 +34,6 @@ class Head:
 
     Attributes:
         stored: what its folder holds: network, classes, whose latents.
-        head_id: 16 hex digits, SHA-256 over its weights.
         batch: images that go through the network at once.
         steps: of a flow-matching decoder from noise to latents, where nothing else is said.
         fitted: the prior of the first level's units that samples are drawn from, where one was fitted after training;
@@ -42,7 +41,6 @@ class Head:
     """
 
     stored: Stored
-    head_id: str
     batch: int = 64
     steps: int = 20
     fitted: FittedPrior | None = None
@@ -61,16 +59,20 @@ class Head:
             UsageError: there is no such device.
         """
         where, stored = pick_device(device), read(Path(path))
-        its_id = HEAD.id_of(stored.network)
         stored.network.to(where)
         if stored.fitted is not None:
             stored.fitted.to(where)
-        return cls(stored, its_id, fitted=stored.fitted)
+        return cls(stored, fitted=stored.fitted)
 
     @property
     def network(self) -> ConditionalHead:
         """For inference."""
         return self.stored.network
+
+    @property
+    def head_id(self) -> str:
+        """16 hex digits, SHA-256 over its weights."""
+        return self.stored.head_id
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -285,6 +285,18 @@ def test_embeddings_are_conditions(written: Callable[..., Path]) -> None:
         head.sample(["hat"])
 
 
+def test_weights_of_another_head_are_refused(written: Callable[..., Path]) -> None:
+    folder, other = written(), written("other")
+    about = json.loads((other / "head.json").read_text())
+    (other / "head.json").write_text(json.dumps(about | {"head_id": "0" * 16}))
+    with pytest.raises(ModelError) as caught:
+        Head.load(other, "cpu")
+    its_id = Head.load(folder, "cpu").head_id
+    assert about["head_id"] == its_id
+    told = f"head.safetensors has the head id {its_id}, not {'0' * 16}, which head.json states"
+    assert str(caught.value) == f"{other}: {told}"
+
+
 def test_what_makes_no_sense_is_refused(written: Callable[..., Path], tmp_path: Path, model_dir: Path) -> None:
     folder = written()
     head = Head.load(folder, "cpu")

@@ -502,6 +502,9 @@ def test_bad_folders_and_caches_are_refused(
         (tmp_path / "p" / name).write_bytes((run_folder / "model" / name).read_bytes())
     read_folder(tmp_path / "p")
     weights = (tmp_path / "p" / "prior.safetensors").read_bytes()
+    (tmp_path / "p" / "prior.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 0x40]))
+    with pytest.raises(ModelError, match=r"prior\.safetensors has the prior id [0-9a-f]{16}, not [0-9a-f]{16}"):
+        read_folder(tmp_path / "p")
     (tmp_path / "p" / "prior.safetensors").write_bytes(weights[:-9])
     with pytest.raises(ModelError, match="damaged"):
         read_folder(tmp_path / "p")

@@ -60,7 +60,7 @@ def write_folder(
         "kind": PRIOR.kind,
         "version": PRIOR.version,
         "name": name,
-        "prior_id": its_id,
+        PRIOR.id_key: its_id,
         "network": asdict(network.config),
         "grid": network.grid.to_json(),
         "classes": list(data.classes),
@@ -92,15 +92,15 @@ def read_folder(path: Path) -> Prior:
         path: its folder, or the run that wrote it to `model`.
 
     Raises:
-        ModelError: missing, damaged, or something else.
+        ModelError: missing, damaged, something else, or weights that are not those that its id is of.
     """
     folder, about = PRIOR.open(path)
     with PRIOR.reading(folder):
         network = PriorNetwork(NetworkConfig(**about["network"]), Grid(**about["grid"]))
-        PRIOR.fill(network, folder)
+        its_id = PRIOR.fill(network, folder, about)
         codebook = Codebook.from_json(about["codebook"])
         classes = tuple(about["classes"])
-    return Prior(folder=folder, network=network, classes=classes, codebook=codebook, prior_id=PRIOR.id_of(network))
+    return Prior(folder=folder, network=network, classes=classes, codebook=codebook, prior_id=its_id)
 
 
 def _card(about: Mapping[str, Any], card: CardConfig) -> str:
