@@ -1,6 +1,7 @@
 """A head's folder.
 
-    head.json           network, classes or width of the embeddings, whose latents and how normalized, the training
+    head.json           network, classes or width of the embeddings, whose latents and how normalized, the training;
+                        objective.condition_dropout = 0: it has never seen an image without a condition
     head.safetensors    the weights, float32
     fitted.safetensors  a prior that was fitted to the units afterwards, where there is one
     README.md           a card, of `codec-train`
@@ -16,7 +17,7 @@ from typing import Any
 from safetensors.torch import load
 
 from codec.engine import Engine
-from codec.errors import ModelError
+from codec.errors import ModelError, UsageError
 from codec.head.config import NetworkConfig, Space
 from codec.head.network import ConditionalHead
 from codec.head.second_stage import FittedPrior, restore
@@ -89,6 +90,7 @@ class Stored:
         origin: whose latents it knows.
         classes: names of the labels 0, 1, ...; empty with embeddings, and without a condition.
         about: the whole of head.json.
+        knows_none: whether it learned what no condition is; yes where the folder does not say.
         fitted: a prior of the first level's units that was fitted after training; None where there is none.
     """
 
@@ -98,7 +100,17 @@ class Stored:
     origin: Origin
     classes: tuple[str, ...]
     about: Mapping[str, Any]
+    knows_none: bool
     fitted: FittedPrior | None
+
+    def require_none(self, what: str) -> None:
+        """Raise UsageError where `what`, which begins the reason, takes a head that knows images without a condition.
+
+        One that was trained with condition_dropout = 0 gives noise for them, and guidance away from them.
+        """
+        if not self.knows_none:
+            reason = "the head was trained with objective.condition_dropout = 0, never without a condition"
+            raise UsageError(f"{self.folder}: {what}: {reason}")
 
 
 def read(path: Path) -> Stored:
@@ -116,11 +128,20 @@ def read(path: Path) -> Stored:
         its_id = HEAD.fill(network, folder, about)
         origin = Origin.from_json(about["codec"])
         classes = tuple(about["classes"])
+        has_conditions = bool(network.space.n_classes or network.space.embedding_width)
+        knows_none = not has_conditions or about.get("objective", {}).get("condition_dropout") != 0
         fitted = None
         if "fitted" in about:
             fitted = restore(about["fitted"]["prior"], load((folder / FITTED).read_bytes()), str(folder / FITTED))
     return Stored(
-        folder=folder, head_id=its_id, network=network, origin=origin, classes=classes, about=about, fitted=fitted
+        folder=folder,
+        head_id=its_id,
+        network=network,
+        origin=origin,
+        classes=classes,
+        about=about,
+        knows_none=knows_none,
+        fitted=fitted,
     )
 
 

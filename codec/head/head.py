@@ -119,9 +119,11 @@ class Head:
             (B, D, h, w) normalized.
 
         Raises:
-            UsageError: a class that it does not know, or embeddings of another width.
+            UsageError: a class that it does not know, embeddings of another width; None, or guidance, and the head was
+                trained with condition_dropout = 0.
             ValueError: a temperature or a guidance below 0, other steps than 1 or more, or not one number for each.
         """
+        self._check_guidance(guidance)
         known = c if guidance or c is None else [None] * len(c)
         units = self.draw_units(known, temperature=temperature, seed=seed, numbers=numbers)
         return self.decode(units, c, guidance=guidance, seed=seed, numbers=numbers, steps=steps, heun=heun)
@@ -132,7 +134,7 @@ class Head:
         """Draw units of p(u|c): one tensor for each level, (B, U) and (B, U2, h2, w2); see `sample`."""
         if not temperature >= 0:
             raise ValueError(f"temperature = {temperature}, allowed: >= 0")
-        labels, hidden = self._conditions(c, None)
+        labels, hidden = self.conditions(c, None)
         rngs = _rngs(len(hidden), seed, numbers, "units")
         choice = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32, device=self.device)
         noise = tuple(self._normal(rngs, shape) for shape in self.network.unit_shapes)
@@ -174,7 +176,7 @@ class Head:
         self, z: Tensor | np.ndarray, c: Conditions, seed: int | None, numbers: Sequence[int] | None
     ) -> tuple[Units, Units]:
         latents = self._checked(z)
-        labels, hidden = self._conditions(c, len(latents))
+        labels, hidden = self.conditions(c, len(latents))
         noise: Units | None = None
         if seed is not None:
             rngs = _rngs(len(latents), seed, numbers, "posterior")
@@ -204,8 +206,7 @@ class Head:
 
         A Gaussian decoder gives its mean; a flow-matching one starts from noise of `seed` and `numbers`. See `sample`.
         """
-        if not guidance >= 0:
-            raise ValueError(f"guidance = {guidance}, allowed: >= 0")
+        self._check_guidance(guidance)
         steps = self.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps = {steps}, allowed: >= 1")
@@ -214,7 +215,7 @@ class Head:
         if [tuple(each.shape) for each in units] != [(n, *shape) for shape in self.network.unit_shapes]:
             shapes = [tuple(each.shape) for each in units]
             raise ValueError(f"units of shapes {shapes}, expected (B, ...) of {self.network.unit_shapes}")
-        labels, hidden = self._conditions(c, n)
+        labels, hidden = self.conditions(c, n)
         noise = self._normal(_rngs(n, seed, numbers, "latents"), self.network.space.shape)
 
         def some(at: slice) -> Units:
@@ -285,10 +286,23 @@ class Head:
             console.note(f"note: {self.stored.folder}: {note}")
         return engine
 
-    def _conditions(self, c: Conditions, n: int | None) -> tuple[Tensor, Tensor]:
+    def conditions(self, c: Conditions, n: int | None) -> tuple[Tensor, Tensor]:
+        """Return conditions as its network takes them: classes (B,) or embeddings (B, E), and which are none, (B,).
+
+        Raises:
+            UsageError: see `conditions_of`; or one is none, of a head that does not know what that is.
+        """
         space, where = self.network.space, str(self.stored.folder)
         found, hidden = conditions_of(c, n, space, self.classes, where)
+        if bool(hidden.any()):
+            self.stored.require_none("no condition")
         return found.to(self.device), hidden.to(self.device)
+
+    def _check_guidance(self, guidance: float) -> None:
+        if not guidance >= 0:
+            raise ValueError(f"guidance = {guidance}, allowed: >= 0")
+        if guidance != 1:
+            self.stored.require_none(f"guidance {guidance:g}")
 
     def _checked(self, z: Tensor | np.ndarray) -> Tensor:
         latents, shape = torch.as_tensor(z, dtype=torch.float32, device=self.device), self.network.space.shape

@@ -381,6 +381,20 @@ def test_a_run_logs_exports_and_its_head_makes_images(run_folder: Path, model: P
     assert "head.sample(['coat'] * 8" in card
 
 
+@pytest.mark.parametrize(("condition", "dropout"), [("class", 0.1), ("class", 0.0), ("none", 0.1)])
+def test_the_folder_says_whether_the_head_can_do_without_a_condition(
+    condition: Any, dropout: float, tmp_path: Path
+) -> None:
+    data = data_of(classes=["coat", "hat"] if condition == "class" else [])
+    config = replace(config_of(condition_dropout=dropout), data=LatentDataConfig(condition=condition))
+    task = HeadTask(config, data)
+    task.export(task.module, tmp_path / "h", {}, CPU)
+    card, guided = (tmp_path / "h" / "README.md").read_text(), dropout > 0 and condition == "class"
+    assert ("guidance=2.0" in card) == guided
+    assert ("It always needs one, and knows no guidance." in card) == (dropout == 0)
+    assert Head.load(tmp_path / "h", "cpu").stored.knows_none == (dropout > 0)
+
+
 def test_a_run_is_exported_anew(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run_folder), "-o", str(tmp_path / "h")]) == 0
     assert Head.load(tmp_path / "h", "cpu").head_id == Head.load(run_folder, "cpu").head_id

@@ -98,9 +98,9 @@ class Opened:
         return self.images(z)
 
     def condition(self, name: str, option: str) -> str | None:
-        """Return a class that the user named, None for `ANY`; raises UsageError for one that there is not."""
+        """Return a class that the user named, None for `ANY`; raises UsageError for one that the head does not know."""
         if name == ANY and ANY not in self.head.classes:
-            self._tell_of_none()
+            self.head.stored.require_none(f"{option} {ANY}")
             return None
         if name not in self.head.classes:
             known = ", ".join(self.head.classes) or "none"
@@ -118,17 +118,11 @@ class Opened:
             return [self.condition(asked, "--from")] * len(photos)
         found = [photo.label if photo.label in self.head.classes else None for photo in photos]
         if n := found.count(None):
+            which = f"{n} of {len(photos)} images in no folder of a class"
+            self.head.stored.require_none(which)
             if self.head.classes:
-                note(f"note: {n} of {len(photos)} images in no folder of a class: encoded without a condition")
-            self._tell_of_none()
+                note(f"note: {which}: encoded without a condition")
         return found
-
-    def _tell_of_none(self) -> None:
-        """Note where the head has never seen that a condition is hidden."""
-        objective = self.head.stored.about.get("objective", {})
-        space = self.head.network.space
-        if (space.n_classes or space.embedding_width) and objective.get("condition_dropout") == 0:
-            note(f"note: {self.head.stored.folder}: trained with condition_dropout 0: it has not learned to do without")
 
     def about(self, verb: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the JSON of every tool begins with.
