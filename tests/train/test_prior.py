@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.conftest import photo
 from tests.train.test_ranks import launch
 from tests.train.test_token_cache import tokens_of
 from tests.train.tiny_vq import make_vq
+from train.best import check_same
 from train.cache.codebook import Codebook
 from train.cli import main
 from train.prior.config import CardConfig, NetworkConfig, PriorConfig, TokenDataConfig
@@ -412,10 +414,19 @@ def test_a_run_is_not_exported_or_resumed_with_other_tokens(
     assert main(tokens_of(tmp_path / "b", vq, tokens)) == 0
     capsys.readouterr()
     assert main(["export", str(out), "-o", str(tmp_path / "p")]) == 2
-    assert "the caches have another" in capsys.readouterr().err
+    assert "the data are not those of the run: " in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
     assert main(overrides(tokens, out, "run.resume=auto")) == 2
     assert "the run cannot go on" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_labels() -> None:
+    data = data_of(lambda n: [n % 6] * 4)
+    other = replace(data, training=replace(data.training, labels=1 - data.training.labels))
+    state = {"task": PriorTask(TINY, data, card=CardConfig()).state_dict()}
+    check_same(state, PriorTask(TINY, data, card=CardConfig()), "no")
+    with pytest.raises(UsageError, match="the data are not those of the run: labels of the training"):
+        check_same(state, PriorTask(TINY, other, card=CardConfig()), "no")
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(

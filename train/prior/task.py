@@ -159,6 +159,8 @@ class PriorTask:
             "grid": list(data.shape),
             "training samples": data.training.digest(),
             "held-out samples": data.held_out.digest(),
+            "labels of the training": data.training.label_digest(),
+            "labels of the held-out samples": data.held_out.label_digest(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
