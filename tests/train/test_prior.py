@@ -280,6 +280,10 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:
     assert kept.shape == (64, 3, 4, 32)
     assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
     assert float(kept.float().mean()) == pytest.approx(1, abs=0.02)
+    task = PriorTask(NetworkConfig(width=32, depth=1, dropout=0.1), data_of(lambda n: [0] * 4), card=CardConfig())
+    kept = task._kept(4, step_at(range(4)), torch.device("cpu"))
+    assert kept is not None
+    assert float(kept.max()) == pytest.approx(256 / 230, rel=1e-6)  # not as bfloat16 rounds it
 
 
 def test_the_feed_takes_the_mirror_half_the_time(tmp_path: Path) -> None:
