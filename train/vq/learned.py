@@ -134,7 +134,11 @@ class LearnedCodebook(Quantiser):
         return len(dead)
 
     def _replace(self, weight: nn.Parameter, rows: torch.Tensor, vectors: torch.Tensor) -> None:
-        """Set vectors anew, with the share of one that is used as often as the others."""
+        """Set vectors anew, with the share of one that is used as often as the others.
+
+        Adam's moments of a row stay: the first one of a vector that was hardly chosen has fallen to almost nothing, and
+        the second, if it were 0, would only make the first steps longer, whose bias nobody corrects by then.
+        """
         weight[rows] = vectors
         self.share[rows] = 1 / self.size
         self.replaced[rows] = True
