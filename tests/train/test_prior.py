@@ -24,13 +24,14 @@ from tests.train.tiny_vq import make_vq
 from train.best import check_same
 from train.cache.codebook import Codebook
 from train.cli import main
-from train.prior.config import CardConfig, NetworkConfig, PriorConfig, TokenDataConfig
+from train.prior.config import NetworkConfig, PriorConfig, TokenDataConfig
 from train.prior.folder import read_folder
 from train.prior.network import Grid, Memory, PriorNetwork
 from train.prior.sampling import Sampling, choose, draw, numbers_of, probabilities
 from train.prior.task import PriorTask, bits_of_sequences
 from train.prior.tokens import TokenData, TokenFeed, TokenSet, load_data
 from train.recipe import load_any, load_recipe
+from train.set_config import CardConfig
 from train.task import Step
 from train.trainer import Trainer
 

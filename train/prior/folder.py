@@ -16,9 +16,10 @@ from codec.files import write_atomic
 from codec.network_folder import FolderKind
 from train.cache.codebook import Codebook
 from train.card_sections import licence_id, licence_lines
-from train.prior.config import CardConfig, NetworkConfig
+from train.prior.config import NetworkConfig
 from train.prior.network import Grid, PriorNetwork
 from train.prior.tokens import TokenData
+from train.set_config import CardConfig
 
 PRIOR = FolderKind(name="prior", version=1, about="config.json", weights="prior.safetensors")
 

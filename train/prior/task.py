@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn import functional
 
 from train import draws
-from train.prior.config import CardConfig, NetworkConfig
+from train.prior.config import NetworkConfig
 from train.prior.folder import write_folder
 from train.prior.network import Grid, PriorNetwork
 from train.prior.tokens import TokenData, TokenSet
+from train.set_config import CardConfig
 from train.task import Step, Terms, Values
 
 LABEL, TOKEN, DROPOUT = 22, 24, 25  # streams of `train.draws`
