@@ -94,3 +94,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def new_model(tmp_path: Path) -> Callable[..., Path]:
     """Make further tiny model folders: new_model(name, seed=1, channels=4)."""
     return lambda name, **how: make_model(tmp_path / name, **how)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """All that was printed since it was last asked."""
+    captured = capsys.readouterr()
+    return captured.out + captured.err

@@ -38,7 +38,7 @@ def resumed(trainer: BestTrainer, state: dict[str, Any] | None) -> BestTrainer:
     """Return a trainer that goes on from a checkpoint's state; None = begins.
 
     Raises:
-        UsageError: the caches are not those that the checkpoint was made with.
+        UsageError: the data are not those that the checkpoint was made with.
     """
     if state is not None:
         check_same(state, trainer.task, "the run cannot go on")
@@ -48,11 +48,14 @@ def resumed(trainer: BestTrainer, state: dict[str, Any] | None) -> BestTrainer:
 
 
 def check_same(state: dict[str, Any], task: Task, so: str) -> None:
-    """Raise UsageError where the caches are not those that a checkpoint was made with; `so`: what cannot be done."""
+    """Raise UsageError where the data are not those that a checkpoint was made with; `so`: what cannot be done.
+
+    What a checkpoint of an earlier version does not name is not compared.
+    """
     before, now = state["task"], json.loads(json.dumps(task.state_dict()))
     for name, value in now.items():
-        if before.get(name) != value:
-            raise UsageError(f"the caches have another {name} than the run had: {before.get(name)} -> {value}; {so}")
+        if name in before and before[name] != value:
+            raise UsageError(f"the data are not those of the run: {name} {before[name]} -> {value}; {so}")
 
 
 def export_checkpoint(task: Task, state: dict[str, Any], out: Path, decay: float) -> dict[str, Any]:

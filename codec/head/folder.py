@@ -1,33 +1,26 @@
 """A head's folder.
 
-    head.json           network, classes or width of the embeddings, whose latents and how normalized, the training
+    head.json           network, classes or width of the embeddings, whose latents and how normalized, the training;
+                        objective.condition_dropout = 0: it has never seen an image without a condition
     head.safetensors    the weights, float32
     README.md           a card, of `codec-train`
 
 Imports torch and diffusers.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-
 from codec.engine import Engine
 from codec.errors import ModelError, UsageError
-from codec.files import write_atomic
 from codec.head.config import NetworkConfig, Space
 from codec.head.network import ConditionalHead
 from codec.latent_model import Normalisation, encoder_id, normalisation_from_json, normalisation_to_json
-from codec.shards import read_json
+from codec.network_folder import FolderKind
 
-HEAD_JSON, WEIGHTS = "head.json", "head.safetensors"
-KIND, VERSION = "latent-codec head", 1
+HEAD = FolderKind(name="head", version=1, about="head.json", weights="head.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,17 +79,30 @@ class Stored:
 
     Attributes:
         folder: where from.
+        head_id: 16 hex digits, SHA-256 over its weights.
         network: float32, for inference, on the CPU.
         origin: whose latents it knows.
         classes: names of the labels 0, 1, ...; empty with embeddings, and without a condition.
         about: the whole of head.json.
+        knows_none: whether it learned what no condition is; yes where the folder does not say.
     """
 
     folder: Path
+    head_id: str
     network: ConditionalHead
     origin: Origin
     classes: tuple[str, ...]
     about: Mapping[str, Any]
+    knows_none: bool
+
+    def require_none(self, what: str) -> None:
+        """Raise UsageError where `what`, which begins the reason, takes a head that knows images without a condition.
+
+        One that was trained with condition_dropout = 0 gives noise for them, and guidance away from them.
+        """
+        if not self.knows_none:
+            reason = "the head was trained with objective.condition_dropout = 0, never without a condition"
+            raise UsageError(f"{self.folder}: {what}: {reason}")
 
 
 def read(path: Path) -> Stored:
@@ -106,33 +112,25 @@ def read(path: Path) -> Stored:
         path: its folder, or the run that wrote it to `model`.
 
     Raises:
-        ModelError: missing, damaged, or something else.
+        ModelError: missing, damaged, something else, or weights that are not those that its id is of.
     """
-    folder = path if is_head(path) or not is_head(path / "model") else path / "model"
-    if not is_head(folder):
-        raise ModelError(f"{path}: no head here (expected {HEAD_JSON}, as codec-train run writes to RUN/model)")
-    about = read_json(folder / HEAD_JSON)
-    if about.get("version") != VERSION:
-        raise ModelError(f"{folder}: a head of version {about.get('version')}, expected {VERSION}")
-    try:
+    folder, about = HEAD.open(path)
+    with HEAD.reading(folder):
         network = ConditionalHead(NetworkConfig(**about["network"]), Space(**about["space"]))
-        network.load_state_dict(load((folder / WEIGHTS).read_bytes()))
+        its_id = HEAD.fill(network, folder, about)
         origin = Origin.from_json(about["codec"])
         classes = tuple(about["classes"])
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as exception:
-        reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        raise ModelError(f"{folder}: damaged: {reason}") from exception
-    network.requires_grad_(False).eval()
-    return Stored(folder=folder, network=network, origin=origin, classes=classes, about=about)
-
-
-def head_id(network: ConditionalHead) -> str:
-    """Return what tells heads apart: 16 hex digits, SHA-256 over the tensors, sorted by name, as float16."""
-    sha = hashlib.sha256(b"latent-codec head 0")
-    for name, tensor in sorted(network.state_dict().items()):
-        with np.errstate(over="ignore"):
-            sha.update(name.encode() + b"\0" + tensor.float().cpu().numpy().astype("<f2").tobytes())
-    return sha.hexdigest()[:16]
+        has_conditions = bool(network.space.n_classes or network.space.embedding_width)
+        knows_none = not has_conditions or about.get("objective", {}).get("condition_dropout") != 0
+    return Stored(
+        folder=folder,
+        head_id=its_id,
+        network=network,
+        origin=origin,
+        classes=classes,
+        about=about,
+        knows_none=knows_none,
+    )
 
 
 def write(
@@ -152,24 +150,14 @@ def write(
         more: what else head.json is to hold.
     """
     about = {
-        "kind": KIND,
-        "version": VERSION,
-        "head_id": head_id(network),
+        "kind": HEAD.kind,
+        "version": HEAD.version,
+        HEAD.id_key: HEAD.id_of(network),
         "network": dict(vars(network.config)),
         "space": network.space.to_json(),
         "classes": list(classes),
         "codec": origin.to_json(),
         **more,
     }
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_atomic(out / WEIGHTS, save(tensors))
-    write_atomic(out / HEAD_JSON, (json.dumps(about, indent=2) + "\n").encode())
+    HEAD.write(out, network, about)
     return about
-
-
-def is_head(folder: Path) -> bool:
-    """Whether a folder is a head's."""
-    try:
-        return bool(read_json(folder / HEAD_JSON).get("kind") == KIND)
-    except UsageError:
-        return False

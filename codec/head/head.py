@@ -20,7 +20,7 @@ from codec import console, model_folder
 from codec.engine import Engine, EngineConfig, pick_device
 from codec.head.conditions import Conditions, conditions_of, generators
 from codec.head.fitted_folder import StoredPrior, read_fitted
-from codec.head.folder import Stored, head_id, read
+from codec.head.folder import Stored, read
 from codec.head.network import ConditionalHead, Drawing, Units
 from codec.head.second_stage import FittedPrior
 from codec.runtime import Codec
@@ -35,7 +35,6 @@ class Head:
 
     Attributes:
         stored: what its folder holds: network, classes, whose latents.
-        head_id: 16 hex digits, SHA-256 over its weights.
         batch: images that go through the network at once.
         steps: of a flow-matching decoder from noise to latents, where nothing else is said.
         fitted: the prior of the first level's units that samples are drawn from, in place of the head's own; None =
@@ -43,7 +42,6 @@ class Head:
     """
 
     stored: Stored
-    head_id: str
     batch: int = 64
     steps: int = 20
     fitted: FittedPrior | None = None
@@ -62,9 +60,8 @@ class Head:
             UsageError: there is no such device.
         """
         where, stored = pick_device(device), read(Path(path))
-        its_id = head_id(stored.network)
         stored.network.to(where)
-        return cls(stored, its_id)
+        return cls(stored)
 
     def use(self, path: str | Path) -> StoredPrior:
         """Draw first-level units from a prior that was fitted to them after training, and return it.
@@ -84,6 +81,11 @@ class Head:
     def network(self) -> ConditionalHead:
         """For inference."""
         return self.stored.network
+
+    @property
+    def head_id(self) -> str:
+        """16 hex digits, SHA-256 over its weights."""
+        return self.stored.head_id
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -130,9 +132,11 @@ class Head:
             (B, D, h, w) normalized.
 
         Raises:
-            UsageError: a class that it does not know, or embeddings of another width.
+            UsageError: a class that it does not know, embeddings of another width; None, or guidance, and the head was
+                trained with condition_dropout = 0.
             ValueError: a temperature or a guidance below 0, other steps than 1 or more, or not one number for each.
         """
+        self._check_guidance(guidance)
         known = c if guidance or c is None else [None] * len(c)
         units = self.draw_units(known, temperature=temperature, seed=seed, numbers=numbers)
         return self.decode(units, c, guidance=guidance, seed=seed, numbers=numbers, steps=steps, heun=heun)
@@ -143,7 +147,7 @@ class Head:
         """Draw units of p(u|c): one tensor for each level, (B, U) and (B, U2, h2, w2); see `sample`."""
         if not temperature >= 0:
             raise ValueError(f"temperature = {temperature}, allowed: >= 0")
-        labels, hidden = self._conditions(c, None)
+        labels, hidden = self.conditions(c, None)
         rngs = _rngs(len(hidden), seed, numbers, "units")
         choice = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32, device=self.device)
         noise = tuple(self._normal(rngs, shape) for shape in self.network.unit_shapes)
@@ -185,7 +189,7 @@ class Head:
         self, z: Tensor | np.ndarray, c: Conditions, seed: int | None, numbers: Sequence[int] | None
     ) -> tuple[Units, Units]:
         latents = self._checked(z)
-        labels, hidden = self._conditions(c, len(latents))
+        labels, hidden = self.conditions(c, len(latents))
         noise: Units | None = None
         if seed is not None:
             rngs = _rngs(len(latents), seed, numbers, "posterior")
@@ -215,8 +219,7 @@ class Head:
 
         A Gaussian decoder gives its mean; a flow-matching one starts from noise of `seed` and `numbers`. See `sample`.
         """
-        if not guidance >= 0:
-            raise ValueError(f"guidance = {guidance}, allowed: >= 0")
+        self._check_guidance(guidance)
         steps = self.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps = {steps}, allowed: >= 1")
@@ -225,7 +228,7 @@ class Head:
         if [tuple(each.shape) for each in units] != [(n, *shape) for shape in self.network.unit_shapes]:
             shapes = [tuple(each.shape) for each in units]
             raise ValueError(f"units of shapes {shapes}, expected (B, ...) of {self.network.unit_shapes}")
-        labels, hidden = self._conditions(c, n)
+        labels, hidden = self.conditions(c, n)
         noise = self._normal(_rngs(n, seed, numbers, "latents"), self.network.space.shape)
 
         def some(at: slice) -> Units:
@@ -296,10 +299,23 @@ class Head:
             console.note(f"note: {self.stored.folder}: {note}")
         return engine
 
-    def _conditions(self, c: Conditions, n: int | None) -> tuple[Tensor, Tensor]:
+    def conditions(self, c: Conditions, n: int | None) -> tuple[Tensor, Tensor]:
+        """Return conditions as its network takes them: classes (B,) or embeddings (B, E), and which are none, (B,).
+
+        Raises:
+            UsageError: see `conditions_of`; or one is none, of a head that does not know what that is.
+        """
         space, where = self.network.space, str(self.stored.folder)
         found, hidden = conditions_of(c, n, space, self.classes, where)
+        if bool(hidden.any()):
+            self.stored.require_none("no condition")
         return found.to(self.device), hidden.to(self.device)
+
+    def _check_guidance(self, guidance: float) -> None:
+        if not guidance >= 0:
+            raise ValueError(f"guidance = {guidance}, allowed: >= 0")
+        if guidance != 1:
+            self.stored.require_none(f"guidance {guidance:g}")
 
     def _checked(self, z: Tensor | np.ndarray) -> Tensor:
         latents, shape = torch.as_tensor(z, dtype=torch.float32, device=self.device), self.network.space.shape

@@ -285,6 +285,39 @@ def test_embeddings_are_conditions(written: Callable[..., Path]) -> None:
         head.sample(["hat"])
 
 
+def test_a_head_that_always_knew_the_condition_is_not_asked_without(written: Callable[..., Path]) -> None:
+    folder, none = written(), written("none", space=Space(channels=4, height=8, width=8))
+    for each in (folder, none):
+        about = json.loads((each / "head.json").read_text())
+        (each / "head.json").write_text(json.dumps(about | {"objective": {"condition_dropout": 0.0}}))
+    head, z = Head.load(folder, "cpu"), latents(2)
+    for what, use in (
+        ("guidance 2", lambda: head.sample(["hat"], guidance=2.0)),
+        ("guidance 0", lambda: head.sample(["hat"], guidance=0.0)),
+        ("guidance 1.5", lambda: head.reconstruct(z, ["hat"] * 2, guidance=1.5)),
+        ("no condition", lambda: head.sample(["hat", None])),
+        ("no condition", lambda: head.draw_units([None])),
+        ("no condition", lambda: head.encode(z, ["hat", None])),
+        ("no condition", lambda: head.reconstruct(z, ["hat"] * 2, to=None)),
+    ):
+        with pytest.raises(ValueError, match=f"{what}: the head was trained .* = 0, never without a condition"):
+            use()
+    assert head.sample(["hat"], steps=1).shape == (1, *SPACE.shape)
+    assert Head.load(none, "cpu").sample([None], steps=1, guidance=2.0).shape == (1, *SPACE.shape)  # it has no other
+
+
+def test_weights_of_another_head_are_refused(written: Callable[..., Path]) -> None:
+    folder, other = written(), written("other")
+    about = json.loads((other / "head.json").read_text())
+    (other / "head.json").write_text(json.dumps(about | {"head_id": "0" * 16}))
+    with pytest.raises(ModelError) as caught:
+        Head.load(other, "cpu")
+    its_id = Head.load(folder, "cpu").head_id
+    assert about["head_id"] == its_id
+    told = f"head.safetensors has the head id {its_id}, not {'0' * 16}, which head.json states"
+    assert str(caught.value) == f"{other}: {told}"
+
+
 def test_what_makes_no_sense_is_refused(written: Callable[..., Path], tmp_path: Path, model_dir: Path) -> None:
     folder = written()
     head = Head.load(folder, "cpu")

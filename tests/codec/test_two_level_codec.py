@@ -20,7 +20,7 @@ from codec.map_tables import MapTables
 from codec.pixels import to_float, to_uint8
 from tests.codec.two_level_models import two_level_network
 from tests.codec.vq_models import make_two_level, make_vq, vq_network
-from tests.conftest import photo
+from tests.conftest import photo, said
 
 MAPS = (IndexMap(20, 1), IndexMap(32, 2))
 
@@ -34,11 +34,6 @@ def two_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def codec(two_dir: Path) -> Codec:
     return Codec.load(two_dir, "cpu", dtype="float32")
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    return captured.out + captured.err
 
 
 def test_a_file_holds_the_networks_own_indices_and_decodes_as_the_network_does(codec: Codec) -> None:

@@ -22,7 +22,7 @@ from codec.latent_model import load_latent_model
 from codec.pixels import to_float, to_uint8
 from codec.tables import Mode
 from tests.codec.vq_models import make_vq, vq_network
-from tests.conftest import photo
+from tests.conftest import photo, said
 
 
 @pytest.fixture(scope="session")
@@ -34,11 +34,6 @@ def vq_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def codec(vq_dir: Path) -> Codec:
     return Codec.load(vq_dir, "cpu", dtype="float32")
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    return captured.out + captured.err
 
 
 def test_a_file_holds_the_networks_own_indices_and_decodes_as_the_network_does(codec: Codec, vq_dir: Path) -> None:

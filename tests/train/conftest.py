@@ -1,7 +1,9 @@
 """A tiny shard set and tiny runs, shared by the tests of training."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +59,9 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_trainer(shards: Path, out: Path, *overrides: str) -> Trainer:
     """A trainer of the `tiny` recipe as the command builds it, ready for single steps."""
     return prepare(load_recipe("tiny", [f"data.shards={shards}", f"run.out={out}", *overrides]))
+
+
+def log(run: Path, event: str = "step") -> list[dict[str, Any]]:
+    """The lines of one kind in a run's log."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]

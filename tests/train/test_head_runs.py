@@ -21,6 +21,7 @@ from codec.head.network import ConditionalHead
 from codec.latent_model import Normalisation
 from tests.conftest import make_model, photo
 from tests.train.test_ranks import launch
+from train.best import check_same
 from train.cli import main
 from train.config import OptimConfig, RunConfig
 from train.denoiser_feed import LatentFeed, LatentSet
@@ -378,6 +379,20 @@ def test_a_run_logs_exports_and_its_head_makes_images(run_folder: Path, model: P
     assert "head.sample(['coat'] * 8" in card
 
 
+@pytest.mark.parametrize(("condition", "dropout"), [("class", 0.1), ("class", 0.0), ("none", 0.1)])
+def test_the_folder_says_whether_the_head_can_do_without_a_condition(
+    condition: Any, dropout: float, tmp_path: Path
+) -> None:
+    data = data_of(classes=["coat", "hat"] if condition == "class" else [])
+    config = replace(config_of(condition_dropout=dropout), data=LatentDataConfig(condition=condition))
+    task = HeadTask(config, data)
+    task.export(task.module, tmp_path / "h", {}, CPU)
+    card, guided = (tmp_path / "h" / "README.md").read_text(), dropout > 0 and condition == "class"
+    assert ("guidance=2.0" in card) == guided
+    assert ("It always needs one, and knows no guidance." in card) == (dropout == 0)
+    assert Head.load(tmp_path / "h", "cpu").stored.knows_none == (dropout > 0)
+
+
 def test_a_run_is_exported_anew(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run_folder), "-o", str(tmp_path / "h")]) == 0
     assert Head.load(tmp_path / "h", "cpu").head_id == Head.load(run_folder, "cpu").head_id
@@ -400,7 +415,30 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(
     assert main(overrides(cache, out, "run.resume=auto", "head.units=5")) == 2
     assert "head.units 4 -> 5" in capsys.readouterr().err
     assert main(overrides(cache, out, "run.resume=auto", "data.n_validation=4")) == 2
-    assert "the caches have another training samples" in capsys.readouterr().err
+    assert "the data are not those of the run: training samples" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_conditions(cache: Path, tmp_path: Path) -> None:
+    keys = np.array([item["key"] for item in (LatentDataset(cache)[n] for n in range(12))])
+    vectors, file = np.random.default_rng(0).normal(size=(12, 3)), tmp_path / "e.npz"
+
+    def task_of(keys: np.ndarray, vectors: np.ndarray) -> HeadTask:
+        np.savez(file, keys=keys, vectors=vectors)
+        how = LatentDataConfig(cache=str(cache), n_validation=3, condition="embedding", embeddings=str(file))
+        return HeadTask(config_of(), load_data(how))
+
+    state = {"task": task_of(keys, vectors).state_dict()}
+    check_same(state, task_of(keys[::-1], vectors[::-1]), "no")  # the same, in another order
+    with pytest.raises(UsageError, match="the data are not those of the run: conditions of the training"):
+        check_same(state, task_of(keys, vectors + 1e-3), "no")
+    data = data_of()
+    state = {"task": HeadTask(config_of(), data).state_dict()}
+    other = HeadTask(config_of(), replace(data, held_out=replace(data.held_out, labels=1 - data.held_out.labels)))
+    with pytest.raises(UsageError, match="the data are not those of the run: conditions of the held-out samples"):
+        check_same(state, other, "no")
+    for name in ("training", "held-out samples"):  # as a checkpoint of an earlier version is
+        del state["task"][f"conditions of the {name}"]
+    check_same(state, other, "no")
 
 
 def test_what_cannot_be_trained_is_refused(

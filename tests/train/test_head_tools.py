@@ -39,7 +39,8 @@ def network_of(decoder: Any, space: Space, **how: Any) -> ConditionalHead:
 
 @pytest.fixture(scope="module")
 def folders(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Heads of the tiny model's latents by decoder, "large" for 32 x 32 pixels; photos of two classes and a third."""
+    """Heads of the tiny model's latents by decoder, "large" for 32 x 32 pixels, "strict" with no condition ever hidden;
+    photos of two classes and a third."""
     folder, found = tmp_path_factory.mktemp("tools"), {}
     engine = Engine.load(model_dir, EngineConfig(device="cpu", dtype="float32"))
     its_id = encoder_id(load_network(model_dir))
@@ -51,9 +52,10 @@ def folders(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         ("gaussian", "gaussian", SPACE, {"levels": 2, "spatial_units": 2}),
         ("flow", "flow-matching", SPACE, {}),
         ("large", "gaussian", large, {}),
+        ("strict", "gaussian", SPACE, {}),
     ):
         found[name] = folder / name
-        more = {"objective": {"condition_dropout": 0.0 if name == "flow" else 0.1}}
+        more = {"objective": {"condition_dropout": 0.0 if name == "strict" else 0.1}}
         write(found[name], network_of(decoder, space, **how), origin, ("coat", "hat"), more)
     for n in range(6):
         path = folder / "photos" / ("coat", "hat", "shoe")[n % 3] / f"{n}.png"
@@ -218,7 +220,7 @@ def test_a_strip_has_a_row_for_each_class(
     assert "note" not in capsys.readouterr().err
     _, about = run("interpolate", "--seeds", "1,1", "--steps", 2, "--flow-steps", 1, name="none", head="flow")
     assert about["ends"] == ["any", "any"]
-    assert "condition_dropout 0: it has not learned to do without" in capsys.readouterr().err
+    assert "note" not in capsys.readouterr().err
 
 
 def test_a_grid_shows_the_units_that_change_most(run: Callable[..., Any], folders: dict[str, Path]) -> None:
@@ -329,6 +331,18 @@ def test_what_cannot_be_done_is_refused_in_one_line(
     assert "no image is an outlier" in refused("anomaly", photos / "hat", "--labels")
     assert "expected a name with suffix" in refused("features", photos)
     assert "the image is not finite: lower --guidance" in refused("sample", "--guidance", "1e38")
+    reason = f"{folders['strict']}: {{}}: the head was trained with objective.condition_dropout = 0, never without"
+    for what, command in (
+        ("--classes any", ("sample", "--classes", "hat,any")),
+        ("guidance 2", ("sample", "--guidance", "2")),
+        ("guidance 0", ("edit", photos / "hat", "--to", "hat", "--guidance", "0")),
+        ("2 of 4 images in no folder of a class", ("edit", photos / "hat", photos / "shoe", "--to", "hat")),
+        ("--as any", ("anomaly", photos / "hat")),
+        ("--as any", ("features", photos)),
+    ):
+        run(*command, name="x.npz", head="strict", expected=2)
+        assert reason.format(what) in capsys.readouterr().err
+    run("sample", "--classes", "hat", "--per-class", 1, head="strict")
     other = new_model("other", seed=1)
     assert main(["head", "sample", str(folders["flow"]), "-m", str(other), "-o", str(tmp_path / "x")]) == 3
     assert "latents of encoder" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ from tests.conftest import photo
 from tests.train.test_ranks import launch
 from tests.train.test_token_cache import tokens_of
 from tests.train.tiny_vq import make_vq
+from train.best import check_same
 from train.cache.codebook import Codebook
 from train.cli import main
-from train.prior.config import CardConfig, NetworkConfig, PriorConfig, TokenDataConfig
+from train.prior.config import NetworkConfig, PriorConfig, TokenDataConfig
 from train.prior.folder import read_folder
 from train.prior.network import Grid, Memory, PriorNetwork
 from train.prior.sampling import Sampling, choose, draw, numbers_of, probabilities
 from train.prior.task import PriorTask, bits_of_sequences
 from train.prior.tokens import TokenData, TokenFeed, TokenSet, load_data
 from train.recipe import load_any, load_recipe
+from train.set_config import CardConfig
 from train.task import Step
 from train.trainer import Trainer
 
@@ -278,6 +281,10 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:
     assert kept.shape == (64, 3, 4, 32)
     assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
     assert float(kept.float().mean()) == pytest.approx(1, abs=0.02)
+    task = PriorTask(NetworkConfig(width=32, depth=1, dropout=0.1), data_of(lambda n: [0] * 4), card=CardConfig())
+    kept = task._kept(4, step_at(range(4)), torch.device("cpu"))
+    assert kept is not None
+    assert float(kept.max()) == pytest.approx(256 / 230, rel=1e-6)  # not as bfloat16 rounds it
 
 
 def test_the_feed_takes_the_mirror_half_the_time(tmp_path: Path) -> None:
@@ -412,10 +419,19 @@ def test_a_run_is_not_exported_or_resumed_with_other_tokens(
     assert main(tokens_of(tmp_path / "b", vq, tokens)) == 0
     capsys.readouterr()
     assert main(["export", str(out), "-o", str(tmp_path / "p")]) == 2
-    assert "the caches have another" in capsys.readouterr().err
+    assert "the data are not those of the run: " in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
     assert main(overrides(tokens, out, "run.resume=auto")) == 2
     assert "the run cannot go on" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_labels() -> None:
+    data = data_of(lambda n: [n % 6] * 4)
+    other = replace(data, training=replace(data.training, labels=1 - data.training.labels))
+    state = {"task": PriorTask(TINY, data, card=CardConfig()).state_dict()}
+    check_same(state, PriorTask(TINY, data, card=CardConfig()), "no")
+    with pytest.raises(UsageError, match="the data are not those of the run: labels of the training"):
+        check_same(state, PriorTask(TINY, other, card=CardConfig()), "no")
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(
@@ -502,6 +518,9 @@ def test_bad_folders_and_caches_are_refused(
         (tmp_path / "p" / name).write_bytes((run_folder / "model" / name).read_bytes())
     read_folder(tmp_path / "p")
     weights = (tmp_path / "p" / "prior.safetensors").read_bytes()
+    (tmp_path / "p" / "prior.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 0x40]))
+    with pytest.raises(ModelError, match=r"prior\.safetensors has the prior id [0-9a-f]{16}, not [0-9a-f]{16}"):
+        read_folder(tmp_path / "p")
     (tmp_path / "p" / "prior.safetensors").write_bytes(weights[:-9])
     with pytest.raises(ModelError, match="damaged"):
         read_folder(tmp_path / "p")

@@ -1,6 +1,5 @@
 """Several gloo processes, started as a user starts them: bit-equal ranks that match one process."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.conftest import log
 from train.checkpoint import Checkpoints
 from train.cli import main
 
@@ -33,17 +33,12 @@ def launch(n: int, arguments: list[str], launcher: list[str] | None = None) -> s
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
 
 
 def command(shards: Path, out: Path, batch_size: int, *more: str) -> list[str]:
     return ["run", "tiny", f"data.shards={shards}", f"run.out={out}", f"optim.batch_size={batch_size}", *GAME, *more]
-
-
-def log(out: Path, event: str) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
 
 
 def state_of(out: Path) -> dict:

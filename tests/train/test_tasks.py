@@ -1,6 +1,5 @@
 """Families, starting points and what else a recipe can ask for, each through the real trainer or command."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from codec import Codec, images, model_folder
 from codec.coding import Settings
 from codec.tables import Mode
-from tests.train.conftest import tiny_trainer
+from tests.train.conftest import log, tiny_trainer
 from train.cli import main
 from train.export import load_discriminator_state
 
@@ -23,11 +22,6 @@ GAME = ["adversarial.weight=0.5", "adversarial.channels=8", "adversarial.layers=
 def steps(trainer, n: int) -> list[dict]:
     batches = trainer.feed.batches(0.0, trainer.progress.images)
     return [trainer.step(batches) for _ in range(n)]
-
-
-def log(run: Path, event: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
 
 
 @pytest.fixture(scope="module")

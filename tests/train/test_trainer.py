@@ -24,7 +24,7 @@ from codec.pixels import to_float
 from codec.shards import read_index
 from codec.tables import Mode
 from eval.metrics import psnr
-from tests.train.conftest import tiny_trainer
+from tests.train.conftest import log, tiny_trainer
 from train.autoencoder import AutoencoderTask
 from train.averaging import averaged, lag
 from train.checkpoint import Checkpoints
@@ -32,11 +32,6 @@ from train.cli import main
 from train.data import split, whole_images
 from train.schedules import learning_rate_factor
 from train.trainer import Progress, Trainer
-
-
-def log(run: Path, event: str = "step") -> list[dict]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
 
 
 def last_checkpoint(run: Path) -> dict:

@@ -521,6 +521,16 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
     assert sorted(per_image) == [1, 1, 2, 2]  # evenly from the images
 
 
+def test_no_latent_is_drawn_twice_before_all_are() -> None:
+    tokens = StepTokens()
+    tokens.add(latents(0, 2), None, range(8, 10))
+    tokens.add(latents(1, 2), None, range(10, 12))
+    step = step_at(0, 8)
+    drawn = tokens.draw(4 * 64, 1, step, tokens.extent(step, alone), alone)
+    assert len(drawn.unique(dim=0)) == 4 * 64
+    assert not torch.equal(drawn[:64], drawn.unique(dim=0)[:64])
+
+
 # --- usage ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,6 @@
 """VQModels through the real trainer: each kind, export and reload, resume, ranks, accumulation, fine-tuning."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ from codec.latent_model import load_latent_model
 from codec.pixels import to_float, to_uint8
 from codec.runtime import Codec
 from codec.shards import read_index
-from tests.train.conftest import tiny_trainer
+from tests.train.conftest import log, tiny_trainer
+from tests.train.test_ranks import launch
 from train.checkpoint import Checkpoints, load
 from train.cli import main
 from train.data import split, whole_images
@@ -44,11 +42,6 @@ QUICK = ("ema", "simvq", "fsq")  # of which a run is always tested; the others a
 
 def arguments(shards: Path, out: Path, *more: str) -> list[str]:
     return ["run", "tiny", f"data.shards={shards}", f"run.out={out}", *VQ, *more]
-
-
-def log(run: Path, event: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
 
 
 EACH_KIND = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS]
@@ -350,12 +343,8 @@ def test_two_processes_keep_bit_equal_codebooks(kind: str, shards: Path, tmp_pat
     """Through the pool, k-means, running means and revival; `train.checkpoint` digests every tensor of each rank."""
     settings = [*KINDS[kind], "run.n_images=40", "optim.batch_size=2", "run.checkpoint_every=4", "run.keep_last=1"]
     settings += ["vq.start=20%", "vq.decay=0.5", "vq.revive_below=0.9", "data.n_validation=2", "run.validate_every=40"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train"]
     out = tmp_path / "r"
-    done = subprocess.run(
-        [*launcher, *arguments(shards, out, *settings)], env=environment, capture_output=True, text=True, timeout=240
-    )
+    done = launch(2, arguments(shards, out, *settings))
     assert done.returncode == 0, done.stderr
     saved = log(out, "checkpoint")
     assert len(saved) == 10

@@ -1,9 +1,5 @@
 """VQ models of two levels in training: gradients, the two codebooks, runs, export, what cannot be had."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,8 @@ from codec.latent_model import TwoLevelModel, latent_model, load_latent_model
 from codec.pixels import to_float, to_uint8
 from codec.runtime import Codec
 from codec.shards import read_index
-from tests.train.conftest import tiny_trainer
+from tests.train.conftest import log, tiny_trainer
+from tests.train.test_ranks import launch
 from train.averaging import averaged
 from train.checkpoint import Checkpoints, load
 from train.cli import main
@@ -40,11 +37,6 @@ LEVELS = ("coarse_", "")
 
 def arguments(shards: Path, out: Path, *more: str) -> list[str]:
     return ["run", "tiny", f"data.shards={shards}", f"run.out={out}", *TWO, *more]
-
-
-def log(run: Path, event: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
 
 
 def model_of(vq: VQConfig) -> TwoLevelModel:
@@ -406,12 +398,8 @@ def test_two_processes_keep_bit_equal_codebooks(shards: Path, tmp_path: Path) ->
     """Through the pools, k-means, running means and revival; `train.checkpoint` digests every tensor of each rank."""
     settings = ["run.n_images=40", "optim.batch_size=2", "run.checkpoint_every=4", "run.keep_last=1", "vq.start=20%"]
     settings += ["vq.decay=0.5", "vq.revive_below=0.9", "data.n_validation=2", "run.validate_every=40"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train"]
     out = tmp_path / "r"
-    done = subprocess.run(
-        [*launcher, *arguments(shards, out, *settings)], env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = launch(2, arguments(shards, out, *settings))
     assert done.returncode == 0, done.stderr
     saved = log(out, "checkpoint")
     assert len(saved) == 10

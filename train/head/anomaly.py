@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from codec.head import Head
-from codec.head.conditions import conditions_of, generators
+from codec.head.conditions import generators
 from codec.head.network import Noise
 from codec.rectified_flow import bound_times, density_bound
 from eval.feature_networks import FeatureNetwork
@@ -58,7 +58,7 @@ def elbo_bits(head: Head, z: Tensor, c: Sequence[Any], n_draws: int, seed: int =
         seed: of them.
     """
     network, device = head.network, head.device
-    labels, hidden = (part.to(device) for part in conditions_of(c, len(z), network.space, head.classes, "images"))
+    labels, hidden = head.conditions(c, len(z))
     rngs = generators(seed, range(n_draws), "anomaly")
     total = np.zeros(len(z))
     for number, rng in enumerate(rngs):

@@ -55,7 +55,10 @@ def _card(about: Mapping[str, Any], config: HeadConfig) -> str:
         "embedding": f"Conditions: embeddings of {space['embedding_width']} numbers, made as in the training.",
         "none": "It has no condition.",
     }
-    example = {"class": repr(list(about["classes"][:1])), "embedding": "[embeddings[0]]", "none": "[None]"}
+    examples = {"class": repr(list(about["classes"][:1])), "embedding": "[embeddings[0]]", "none": "[None]"}
+    condition, dropout = about["condition"], about["objective"]["condition_dropout"]
+    needed = condition != "none" and dropout == 0
+    guidance = "" if condition == "none" or needed else "guidance=2.0, "
     lines = [
         "---",
         f"license: {licence_id(card.licence)}",
@@ -71,11 +74,11 @@ def _card(about: Mapping[str, Any], config: HeadConfig) -> str:
         "from codec.head import Head",
         "",
         'head = Head.load("THIS_FOLDER")',
-        f"z = head.sample({example[about['condition']]} * 8, guidance=2.0, temperature=1.0, seed=0)  # normalized",
+        f"z = head.sample({examples[condition]} * 8, {guidance}temperature=1.0, seed=0)  # normalized",
         'images = head.images(z, "CODEC_FOLDER")',
         "```",
         "",
-        conditions[about["condition"]],
+        conditions[condition] + (" It always needs one, and knows no guidance." if needed else ""),
         "",
         f"It belongs to latents of encoder {origin['encoder_id']} (model {origin['model']}, decoder "
         f"{origin['decoder_id']}) and is refused with others; a decoder that was trained further serves.",

@@ -7,8 +7,8 @@ from codec.head.config import NetworkConfig
 from train.checks import require
 from train.config import OptimConfig, RunConfig
 from train.loss_config import AdversarialConfig
-from train.prior.config import CardConfig
 from train.schedules import check_moment
+from train.set_config import CardConfig, SetDataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +60,11 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentDataConfig:
-    """What is trained on; all of it is held in memory."""
+class LatentDataConfig(SetDataConfig):
+    """What is trained on: latents."""
 
-    cache: str = ""
-    """Folder of `codec-train cache`."""
-    validation_cache: str = ""
-    """Another such folder, of the same encoder, whose images are held out; empty = a part of `cache`."""
     n_validation: int = 200
     """Images of `cache` that are held out without `validation_cache`, chosen by a hash of their bytes."""
-    mirror: bool = True
-    """Learn from the mirror of an image half of the time."""
     condition: Literal["class", "embedding", "none"] = "class"
     """What a sample's condition is: its class in the cache, a vector of `embeddings`, or nothing."""
     embeddings: str = ""
@@ -78,8 +72,10 @@ class LatentDataConfig:
     codec: str = ""
     """Model folder of the autoencoder: for a picture and PSNR in pixels at each validation; empty = none."""
 
+    least_validation = 2
+
     def __post_init__(self) -> None:
-        require(self.n_validation >= 2, "data.n_validation", self.n_validation, ">= 2")
+        super().__post_init__()
         given, wanted = self.embeddings != "", self.condition == "embedding"
         allowed = "a file with data.condition embedding" if wanted else f"empty with data.condition {self.condition}"
         require(given == wanted, "data.embeddings", self.embeddings, allowed)

@@ -17,7 +17,6 @@ import torch
 
 from codec.errors import UsageError
 from codec.head import Head
-from codec.head.conditions import conditions_of
 from codec.head.config import NetworkConfig
 from codec.head.fitted_folder import StoredPrior
 from eval.bootstrap import interval
@@ -127,9 +126,7 @@ def _units(rows: Sequence[Mapping[str, Any]], n_levels: int, least_nats: float) 
 def _priors(head: Head, held: Held, c: Sequence[Any], fitted: StoredPrior | None, seed: int) -> dict[str, Any]:
     """Return nats and holes of p(u|c) and of a fitted prior, against units drawn of the held-out latents."""
     u = head.encode(held.z, c, seed=seed)[0]
-    labels, hidden = (
-        part.to(head.device) for part in conditions_of(c, len(u), head.network.space, head.classes, "held out")
-    )
+    labels, hidden = head.conditions(c, len(u))
     with torch.inference_mode():
         own = head.network.prior.log_prob(u, head.network.condition(labels, hidden)).double()
     nats: dict[str, Any] = {"own": -float(own.mean())}

@@ -58,6 +58,11 @@ class HeadData:
         """Whether samples have a condition."""
         return self.embeddings is not None or len(self.classes) > 0
 
+    def condition_digest(self, latents: LatentSet) -> str:
+        """Return 16 hex digits of the conditions of one part: equal where these are, in the same order."""
+        c, dtype = self.conditions(latents.labels), "<i8" if self.embeddings is None else "<f4"
+        return hashlib.sha256(np.ascontiguousarray(c.numpy(), dtype).tobytes()).hexdigest()[:16]
+
     def conditions(self, labels: torch.Tensor) -> torch.Tensor:
         """Return what the network is told of samples with such labels: (B,) classes or (B, E) embeddings."""
         return labels if self.embeddings is None else self.embeddings[labels.cpu()].to(labels.device)

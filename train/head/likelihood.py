@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from codec.head import Head
-from codec.head.conditions import conditions_of
 from codec.head.decoders import GaussianDecoder
 from codec.head.flows import draw
 from codec.head.gaussian import Gaussian, total
@@ -60,9 +59,7 @@ def predicted(head: Head, z: Tensor, c: Sequence[Any], k: int, seed: int = 0) ->
     network, device = head.network, head.device
     if not isinstance(network.decoder, GaussianDecoder):
         return Predicted(elbo_bits(head, z.to(device), c, k, seed), None, None, k)
-    labels, hidden = (
-        part.to(device) for part in conditions_of(c, len(z), network.space, head.classes, str(head.stored.folder))
-    )
+    labels, hidden = head.conditions(c, len(z))
     rng = torch.Generator().manual_seed(seed)
     found = []
     for start in range(0, len(z), _BATCH):

@@ -231,6 +231,8 @@ class HeadTask:
             "space": data.space.to_json(),
             "training samples": data.digests[0],
             "held-out samples": data.digests[1],
+            "conditions of the training": data.condition_digest(data.training),
+            "conditions of the held-out samples": data.condition_digest(data.held_out),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

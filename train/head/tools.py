@@ -127,9 +127,10 @@ class Opened:
             return [self.condition(asked, "--from")] * len(photos)
         found = [photo.label if photo.label in self.head.classes else None for photo in photos]
         if n := found.count(None):
+            which = f"{n} of {len(photos)} images in no folder of a class"
+            self.head.stored.require_none(which)
             if self.head.classes:
-                note(f"note: {n} of {len(photos)} images in no folder of a class: encoded without a condition")
-            _tell_of_none(self.head)
+                note(f"note: {which}: encoded without a condition")
         return found
 
     def about(self, verb: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,19 +165,12 @@ def use(head: "Head", path: Path) -> "StoredPrior":
 def condition_of(head: "Head", name: str, option: str) -> str | None:
     """Return a class that the user named, None for `ANY`; raises UsageError for one that a head does not know."""
     if name == ANY and ANY not in head.classes:
-        _tell_of_none(head)
+        head.stored.require_none(f"{option} {ANY}")
         return None
     if name not in head.classes:
         known = ", ".join(head.classes) or "none"
         raise UsageError(f"{option}: {head.stored.folder}: no class {name} among {known} (or {ANY})")
     return name
-
-
-def _tell_of_none(head: "Head") -> None:
-    """Note where a head has never seen that a condition is hidden."""
-    objective, space = head.stored.about.get("objective", {}), head.network.space
-    if (space.n_classes or space.embedding_width) and objective.get("condition_dropout") == 0:
-        note(f"note: {head.stored.folder}: trained with condition_dropout 0: it has not learned to do without")
 
 
 def record(verb: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:

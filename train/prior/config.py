@@ -6,6 +6,7 @@ from typing import Any, Literal
 from train.checks import require
 from train.config import OptimConfig, RunConfig
 from train.loss_config import AdversarialConfig
+from train.set_config import CardConfig, SetDataConfig
 
 HEAD = 32
 """Channels of an attention head."""
@@ -38,32 +39,8 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenDataConfig:
-    """What is trained on; all of it is held in memory."""
-
-    cache: str = ""
-    """Folder of `codec-train cache --format indices`."""
-    validation_cache: str = ""
-    """Another such folder, of the same model, whose images are held out; empty = a part of `cache`."""
-    n_validation: int = 300
-    """Images of `cache` that are held out without `validation_cache`, chosen by a hash of their bytes."""
-    mirror: bool = True
-    """Learn from the mirror of an image half of the time."""
-
-    def __post_init__(self) -> None:
-        require(self.n_validation >= 1, "data.n_validation", self.n_validation, ">= 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CardConfig:
-    """What the model card says beside what was measured."""
-
-    name: str = ""
-    """Short name of the prior; empty = the run folder's name."""
-    licence: str = ""
-    """Licence of the weights, e.g. apache-2.0; empty = the card says that none is granted."""
-    data_licence: str = ""
-    """Licence of the training images; empty = the card says that it is not stated."""
+class TokenDataConfig(SetDataConfig):
+    """What is trained on: indices."""
 
 
 @dataclass(frozen=True, kw_only=True)

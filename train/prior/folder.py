@@ -7,27 +7,21 @@
 Imports torch.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-
-from codec.errors import ModelError, UsageError
 from codec.files import write_atomic
-from codec.shards import read_json
+from codec.network_folder import FolderKind
 from train.cache.codebook import Codebook
 from train.card_sections import licence_id, licence_lines
-from train.prior.config import CardConfig, NetworkConfig
+from train.prior.config import NetworkConfig
 from train.prior.network import Grid, PriorNetwork
 from train.prior.tokens import TokenData
+from train.set_config import CardConfig
 
-CONFIG, WEIGHTS, KIND, VERSION = "config.json", "prior.safetensors", "latent-codec prior", 1
+PRIOR = FolderKind(name="prior", version=1, about="config.json", weights="prior.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +43,6 @@ class Prior:
     prior_id: str
 
 
-def prior_id(network: PriorNetwork) -> str:
-    """Return what tells priors apart: 16 hex digits, SHA-256 over the tensors, sorted by name, as float16."""
-    sha = hashlib.sha256(b"latent-codec prior 0")
-    for name, tensor in sorted(network.state_dict().items()):
-        with np.errstate(over="ignore"):
-            sha.update(name.encode() + b"\0" + tensor.float().cpu().numpy().astype("<f2").tobytes())
-    return sha.hexdigest()[:16]
-
-
 def write_folder(
     network: PriorNetwork, out: Path, data: TokenData, record: Mapping[str, Any], card: CardConfig
 ) -> dict[str, Any]:
@@ -71,12 +56,12 @@ def write_folder(
         card: for the model card.
     """
     name = card.name or str(record.get("run") or out.resolve().parent.name)
-    its_id = prior_id(network)
+    its_id = PRIOR.id_of(network)
     about = {
-        "kind": KIND,
-        "version": VERSION,
+        "kind": PRIOR.kind,
+        "version": PRIOR.version,
         "name": name,
-        "prior_id": its_id,
+        PRIOR.id_key: its_id,
         "network": asdict(network.config),
         "grid": network.grid.to_json(),
         "classes": list(data.classes),
@@ -88,10 +73,8 @@ def write_folder(
         "unigram_entropy_bits": data.unigram_entropy(),
         "record": dict(record),
     }
-    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in network.state_dict().items()}
-    write_atomic(out / WEIGHTS, save(tensors))
     write_atomic(out / "README.md", _card(about, card).encode())
-    write_atomic(out / CONFIG, (json.dumps(about, indent=2) + "\n").encode())
+    PRIOR.write(out, network, about)
     validation = record.get("validation", {})
     names = {"loss": "held_out_bits", **{key: key for key in ("bits_unlabelled", "unigram_bits", "train_bits")}}
     return {
@@ -110,32 +93,15 @@ def read_folder(path: Path) -> Prior:
         path: its folder, or the run that wrote it to `model`.
 
     Raises:
-        ModelError: missing, damaged, or something else.
+        ModelError: missing, damaged, something else, or weights that are not those that its id is of.
     """
-    folder = path if is_prior(path) or not is_prior(path / "model") else path / "model"
-    if not is_prior(folder):
-        raise ModelError(f"{path}: no prior here (expected {CONFIG} of {KIND}, as codec-train run writes to RUN/model)")
-    about = read_json(folder / CONFIG)
-    if about.get("version") != VERSION:
-        raise ModelError(f"{folder}: a prior of version {about.get('version')}, expected {VERSION}")
-    try:
+    folder, about = PRIOR.open(path)
+    with PRIOR.reading(folder):
         network = PriorNetwork(NetworkConfig(**about["network"]), Grid(**about["grid"]))
-        network.load_state_dict(load((folder / WEIGHTS).read_bytes()))
+        its_id = PRIOR.fill(network, folder, about)
         codebook = Codebook.from_json(about["codebook"])
         classes = tuple(about["classes"])
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as exception:
-        reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        raise ModelError(f"{folder}: damaged: {reason}") from exception
-    network.requires_grad_(False).eval()
-    return Prior(folder=folder, network=network, classes=classes, codebook=codebook, prior_id=prior_id(network))
-
-
-def is_prior(folder: Path) -> bool:
-    """Whether a folder is a prior's."""
-    try:
-        return read_json(folder / CONFIG).get("kind") == KIND
-    except UsageError:
-        return False
+    return Prior(folder=folder, network=network, classes=classes, codebook=codebook, prior_id=its_id)
 
 
 def _card(about: Mapping[str, Any], card: CardConfig) -> str:

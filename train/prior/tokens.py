@@ -50,6 +50,10 @@ class TokenSet:
         sha.update(np.ascontiguousarray(self.indices.numpy(), dtype="<i4").tobytes())
         return sha.hexdigest()[:16]
 
+    def label_digest(self) -> str:
+        """Return 16 hex digits of the labels: equal where these are, in the same order."""
+        return hashlib.sha256(np.ascontiguousarray(self.labels.numpy(), dtype="<i8").tobytes()).hexdigest()[:16]
+
     def some(self, chosen: Sequence[int]) -> "TokenSet":
         """Return a part."""
         where = torch.tensor(chosen, dtype=torch.int64)

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
-from torch import nn
 
 from codec import fsq
 from train.losses import commitment_loss
-from train.task import Step, Values
 from train.vq.config import VQConfig
-from train.vq.quantiser import Codes, Quantiser, straight_through
-from train.vq.tokens import Reduce, StepTokens
+from train.vq.quantiser import Codes, Quantiser, Taken, straight_through
 
 _GROUP_BITS = 10  # whose joint frequencies are kept
 _LEAST_VARIANCE = 1e-3  # of the largest one
@@ -70,16 +67,8 @@ class FSQ(Quantiser):
         }
         return Codes(z_q=z_q, z=bounded.detach(), indices=indices, terms=terms, frequencies=batch.detach())
 
-    def _learn(
-        self,
-        weight: nn.Parameter,
-        sums: torch.Tensor | None,
-        tokens: StepTokens,
-        step: Step,
-        reduce: Reduce,
-        values: Values,
-    ) -> list[str]:
-        self.moments.lerp_(reduce(tokens.mean_frequencies()), _MOMENTS_RATE)
+    def _learn(self, taken: Taken) -> list[str]:
+        self.moments.lerp_(taken.reduce(taken.tokens.mean_frequencies()), _MOMENTS_RATE)
         return []
 
 
@@ -137,16 +126,8 @@ class LFQ(Quantiser):
             at += group
         return torch.cat(parts), unsure
 
-    def _learn(
-        self,
-        weight: nn.Parameter,
-        sums: torch.Tensor | None,
-        tokens: StepTokens,
-        step: Step,
-        reduce: Reduce,
-        values: Values,
-    ) -> list[str]:
-        self.frequencies.lerp_(reduce(tokens.mean_frequencies()), 1 - self.config.decay)
+    def _learn(self, taken: Taken) -> list[str]:
+        self.frequencies.lerp_(taken.reduce(taken.tokens.mean_frequencies()), 1 - self.config.decay)
         return []
 
 

@@ -13,10 +13,10 @@ from torch import nn
 from train.draws import CODEBOOK, POOL, REVIVAL, rng
 from train.losses import commitment_loss, vq_loss
 from train.schedules import parse_moment
-from train.task import Step, Values
+from train.task import Step
 from train.vq.config import VQConfig
 from train.vq.kmeans import kmeans, nearest
-from train.vq.quantiser import Codes, Quantiser, rotated_through, straight_through
+from train.vq.quantiser import Codes, Quantiser, Taken, rotated_through, straight_through
 from train.vq.tokens import Extent, Reduce, StepTokens
 
 
@@ -108,33 +108,30 @@ class LearnedCodebook(Quantiser):
             )
         return line
 
-    def _learn(
-        self,
-        weight: nn.Parameter,
-        sums: torch.Tensor | None,
-        tokens: StepTokens,
-        step: Step,
-        reduce: Reduce,
-        values: Values,
-    ) -> list[str]:
+    def _learn(self, taken: Taken) -> list[str]:
         if self.config.cosine:
-            weight.copy_(F.normalize(weight, dim=1))  # the optimizer leaves the sphere
-        values["codebook_revived"] = float(self._revive(weight, tokens, step, reduce))
+            taken.weight.copy_(F.normalize(taken.weight, dim=1))  # the optimizer leaves the sphere
+        taken.values["codebook_revived"] = float(self._revive(taken))
         return []
 
-    def _revive(self, weight: nn.Parameter, tokens: StepTokens, step: Step, reduce: Reduce) -> int:
+    def _revive(self, taken: Taken) -> int:
         """Put random latents of the step in the place of vectors that are hardly used; return how many."""
         dead = torch.nonzero(self.share < self.config.revive_below / self.size)[:, 0]
         if not len(dead):
             return 0
+        tokens, step, reduce = taken.tokens, taken.step, taken.reduce
         extent = tokens.extent(step, reduce)
         dead = dead[: extent.n_tokens]  # with more of them the others' turn comes with the next steps
         fresh = tokens.draw(len(dead), REVIVAL, step, extent, reduce)
-        self._replace(weight, dead, fresh)
+        self._replace(taken.weight, dead, fresh)
         return len(dead)
 
     def _replace(self, weight: nn.Parameter, rows: torch.Tensor, vectors: torch.Tensor) -> None:
-        """Set vectors anew, with the share of one that is used as often as the others."""
+        """Set vectors anew, with the share of one that is used as often as the others.
+
+        Adam's moments of a row stay: the first one of a vector that was hardly chosen has fallen to almost nothing, and
+        the second, if it were 0, would only make the first steps longer, whose bias nobody corrects by then.
+        """
         weight[rows] = vectors
         self.share[rows] = 1 / self.size
         self.replaced[rows] = True
@@ -178,21 +175,14 @@ class EMACodebook(LearnedCodebook):
         self.total.copy_(weight / self.size)
         return line
 
-    def _learn(
-        self,
-        weight: nn.Parameter,
-        sums: torch.Tensor | None,
-        tokens: StepTokens,
-        step: Step,
-        reduce: Reduce,
-        values: Values,
-    ) -> list[str]:
-        assert sums is not None
-        self.total.lerp_(sums, 1 - self.config.decay)
+    def _learn(self, taken: Taken) -> list[str]:
+        weight = taken.weight
+        assert taken.sums is not None
+        self.total.lerp_(taken.sums, 1 - self.config.decay)
         known = self.share > torch.finfo(torch.float32).tiny  # long unused and never revived: stays where it was
         mean = torch.where(known[:, None], self.total / self.share[:, None], weight)
         weight.copy_(mean)
-        return super()._learn(weight, sums, tokens, step, reduce, values)
+        return super()._learn(taken)
 
     def _replace(self, weight: nn.Parameter, rows: torch.Tensor, vectors: torch.Tensor) -> None:
         super()._replace(weight, rows, vectors)
@@ -239,16 +229,8 @@ class SimVQCodebook(LearnedCodebook):
         weight.copy_(self._vectors(weight))
         return f"codebook: {self.size} random vectors with mean and covariance of {len(pool)} latents"
 
-    def _learn(
-        self,
-        weight: nn.Parameter,
-        sums: torch.Tensor | None,
-        tokens: StepTokens,
-        step: Step,
-        reduce: Reduce,
-        values: Values,
-    ) -> list[str]:
-        weight.copy_(self._vectors(weight))
+    def _learn(self, taken: Taken) -> list[str]:
+        taken.weight.copy_(self._vectors(taken.weight))
         return []
 
     def settle(self, average: torch.Tensor, weight: torch.Tensor, live: Quantiser) -> None:

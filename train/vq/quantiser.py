@@ -42,6 +42,27 @@ class Codes:
     frequencies: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A finished step, as a quantiser learns from it; see `Quantiser.update`.
+
+    Attributes:
+        weight: (K, d) the vectors; changed in place.
+        sums: of `StepTokens.totals`, where the quantiser wants them.
+        tokens: the step's latents, of this rank.
+        step: where the run stood.
+        reduce: averages over ranks.
+        values: takes what is to be logged.
+    """
+
+    weight: nn.Parameter
+    sums: torch.Tensor | None
+    tokens: StepTokens
+    step: Step
+    reduce: Reduce
+    values: Values
+
+
 class Quantiser(nn.Module):
     """One quantiser; subclasses differ in how they choose vectors, and in what they learn.
 
@@ -109,7 +130,9 @@ class Quantiser(nn.Module):
             values["codebook_perplexity"] = perplexity(share.cpu().numpy())
             running = self.share / self.share.sum()
             values["codebook_running_perplexity"] = perplexity(running.cpu().numpy())
-            return self._learn(weight, sums, tokens, step, reduce, values) if self.trains else []
+            if not self.trains:
+                return []
+            return self._learn(Taken(weight=weight, sums=sums, tokens=tokens, step=step, reduce=reduce, values=values))
 
     _wants_sums = False
 
@@ -117,16 +140,8 @@ class Quantiser(nn.Module):
         """Learn from a step whose latents were not quantised."""
         return []
 
-    def _learn(
-        self,
-        weight: nn.Parameter,
-        sums: torch.Tensor | None,
-        tokens: StepTokens,
-        step: Step,
-        reduce: Reduce,
-        values: Values,
-    ) -> list[str]:
-        """Learn from a step whose latents were; `sums`: of `StepTokens.totals`, where `_wants_sums`."""
+    def _learn(self, taken: Taken) -> list[str]:
+        """Learn from a step whose latents were."""
         return []
 
     def settle(self, average: torch.Tensor, weight: torch.Tensor, live: "Quantiser") -> None:

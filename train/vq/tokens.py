@@ -109,7 +109,7 @@ class StepTokens:
         return torch.stack([batch.frequencies for batch in self._batches if batch.frequencies is not None]).mean(0)
 
     def draw(self, n: int, stream: int, step: Step, extent: Extent, reduce: Reduce) -> torch.Tensor:
-        """Draw latents of the step at random: evenly from its images, anywhere in each.
+        """Draw latents of the step at random: evenly from its images, anywhere in each, none twice before all of it.
 
         Args:
             n: how many.
@@ -122,16 +122,21 @@ class StepTokens:
             (n, d), equal on all ranks.
         """
         random = rng(step.seed, stream, step.images)
-        images = step.images + random.permutation(n) % extent.n_images
-        places = random.random(n)
+        order = random.permutation(n)
+        images, turns = step.images + order % extent.n_images, order // extent.n_images
+        seeds = random.integers(1 << 63, size=extent.n_images)
         first = self._batches[0].z
         found = first.new_zeros(n, first.shape[2] + 1)
         for batch in self._batches:
             own = np.flatnonzero((images >= batch.positions.start) & (images < batch.positions.stop))
-            token = (places[own] * batch.z.shape[1]).astype(np.int64)
-            rows = torch.from_numpy(own).to(first.device)
-            image = torch.from_numpy(images[own] - batch.positions.start).to(first.device)
-            found[rows, :-1] = batch.z[image, torch.from_numpy(token).to(first.device)]
+            if not len(own):
+                continue
+            used, which = np.unique(images[own], return_inverse=True)
+            n_tokens = batch.z.shape[1]
+            places = np.stack([np.random.default_rng(seeds[at - step.images]).permutation(n_tokens) for at in used])
+            chosen = (own, images[own] - batch.positions.start, places[which, turns[own] % n_tokens])
+            rows, image, token = (torch.from_numpy(each).to(first.device) for each in chosen)
+            found[rows, :-1] = batch.z[image, token]
             found[rows, -1] = 1.0
         found = reduce(found)
         return found[:, :-1] / found[:, -1:]  # each was found by one rank alone
