@@ -231,7 +231,7 @@ def test_the_critic_of_factorvae_learns_and_is_not_moved_by_the_head() -> None:
     terms.objective.backward()
     assert all(p.grad is None for p in critic.parameters())
     before = {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
-    assert not terms.carry.requires_grad
+    assert not terms.carry.units.requires_grad
     found = task.critic_step(critic, batch, terms.carry, step_at(0))
     found.objective.backward()
     assert all(
@@ -241,14 +241,45 @@ def test_the_critic_of_factorvae_learns_and_is_not_moved_by_the_head() -> None:
     # Units that say the same: the critic tells them from permuted ones.
     u = torch.randn(64, 1, generator=torch.Generator().manual_seed(0)).expand(64, 4)
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
+    carry = replace(terms.carry, units=u)
     for number in range(60):
-        found = task.critic_step(critic, {}, u, step_at(number, 64))
+        found = task.critic_step(critic, {}, carry, step_at(number, 64))
         optimizer.zero_grad()
         found.objective.backward()
         optimizer.step()
     assert float(found.values["critic_accuracy"]) > 0.9
     assert float(critic(u).detach().mean()) > 1
     assert HeadTask(config_of(), data_of()).critic is None
+
+
+def test_what_units_say_about_the_class_is_paid_for_as_a_critic_reads_it() -> None:
+    task, terms, batch = terms_of(config_of(independence=3.0, critic_width=32))
+    critic, n = task.critic, len(batch["label"])
+    values = {name: float(value) for name, value in terms.values.items()}
+    expected = values["error"] + (values["kl"] + 3.0 * values["class_nats"]) / 32
+    assert float(terms.objective.detach()) == pytest.approx(expected, rel=1e-5)
+    terms.objective.backward()
+    assert all(p.grad is None for p in critic.parameters())
+    # Units that are the class: the critic reads it, all of its entropy, and then the head is pushed to say less.
+    told = torch.arange(n) % 4 > 0
+    u = (2.0 * batch["label"] - 1)[:, None].expand(n, 4) * (2.0 * told - 1)[:, None]  # wrong where it was not told
+    carry = replace(terms.carry, units=u, told=told)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
+    for number in range(60):
+        found = task.critic_step(critic, batch, carry, step_at(number))
+        optimizer.zero_grad()
+        found.objective.backward()
+        optimizer.step()
+    assert float(found.values["critic_loss"]) < 0.01
+    moved = u.clone().requires_grad_()
+    said = task._said_of_the_class(moved, carry, step_at(0))
+    assert float(said.detach()) == pytest.approx(math.log(2), abs=0.05)
+    said.backward()
+    assert moved.grad is not None
+    assert float((moved.grad * u)[told].sum()) > 0  # smaller units say less
+    assert not moved.grad[~told].any()
+    with pytest.raises(ValueError, match=r"objective\.independence"):
+        config_of(kind="factor", independence=1.0)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

@@ -40,15 +40,18 @@ class ObjectiveConfig:
     """The part of a cycle that grows (cyclical), 0..1."""
     condition_dropout: float = 0.1
     """Share of the training samples whose condition is hidden from all parts, for guidance and samples without one."""
+    independence: float = 0.0
+    """Weight, in units of beta, of what the first level's units say about the class, in nats, as a critic reads it that
+    the loop trains beside the head (as Lample et al. 2017 do for attributes): what the condition says is left to it."""
     critic_width: int = 256
-    """Width of the critic's six layers (factor)."""
+    """Width of the critic's layers (factor: six; independence: three)."""
     critic_lr: float = 1e-4
-    """Peak learning rate of the critic (factor)."""
+    """Peak learning rate of the critic (factor, independence)."""
     active_nats: float = 0.01
     """KL in nats, mean over the held-out images, below which a unit counts as collapsed."""
 
     def __post_init__(self) -> None:
-        for name in ("beta", "total_correlation", "free_bits", "active_nats"):
+        for name in ("beta", "total_correlation", "free_bits", "active_nats", "independence"):
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), ">= 0")
         check_moment("objective.ramp", self.ramp)
         require(self.cycles >= 1, "objective.cycles", self.cycles, ">= 1")
@@ -101,6 +104,10 @@ class HeadConfig:
             what = f"{self.head.posterior} with prior {self.head.prior}"
             require(self.head.has_plain_units, "head.posterior", what, allowed)
             require(objective.free_bits == 0, "objective.free_bits", objective.free_bits, "0 with objective.kind tcvae")
+        if objective.independence:
+            both = f"{objective.kind} with data.condition {self.data.condition}"
+            allowed = "beta or tcvae with data.condition class, for objective.independence"
+            require(objective.kind != "factor" and self.data.condition == "class", "objective.kind", both, allowed)
         if objective.kind != "beta":
             require(self.optim.batch_size >= 4, "optim.batch_size", self.optim.batch_size, ">= 4 of this objective")
 

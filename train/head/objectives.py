@@ -142,6 +142,36 @@ class TotalCorrelationCritic(nn.Module):
         return logits[:, 0].float()
 
 
+class ConditionCritic(nn.Module):
+    """Reads the class of an image from its units; Lample et al. 2017, arXiv:1706.00409."""
+
+    def __init__(self, n_units: int, n_classes: int, width: int = 256) -> None:
+        """Build it with weights from torch's generator: two hidden layers of `width`."""
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Linear(n_units, width), nn.LeakyReLU(0.2)),
+            *(nn.Linear(width, width), nn.LeakyReLU(0.2)),
+            nn.Linear(width, n_classes),
+        )
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Return logits, (B, n_classes) float32, of u, (B, U)."""
+        logits: Tensor = self.layers(u)
+        return logits.float()
+
+
+def class_surprise(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    """Return the cross-entropy of labels (B,) in nats, the mean over those that are `counted`, (B,) bool; 0 of none."""
+    each = F.cross_entropy(logits, labels, reduction="none")
+    return (each * counted).sum() / counted.sum().clamp_min(1)
+
+
+def label_entropy(labels: Tensor) -> float:
+    """Return the entropy in nats of labels' frequencies."""
+    share = torch.bincount(labels).double() / len(labels)
+    return float(-torch.special.xlogy(share, share).sum())
+
+
 def permute_dims(u: Tensor, keys: Tensor) -> Tensor:
     """Permute each unit over the batch by itself; Kim & Mnih 2018, algorithm 1.
 

@@ -2,11 +2,13 @@
 
     latents, condition -> hidden conditions, noise, times (seed, position) -> ConditionalHead -> error + weight * KL
     units of the posterior -> critic: drawn together, or put together at random?            (objective.kind factor)
+                              critic: of which class?                                        (objective.independence)
 
 Entry: `HeadTask`, for `train.trainer.Trainer`. The network knows nothing of images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,12 @@ from train.head.config import HeadConfig
 from train.head.latents import HeadData
 from train.head.measure import Held, measure, sentences
 from train.head.objectives import (
+    ConditionCritic,
     TotalCorrelationCritic,
+    class_surprise,
     critic_loss,
     decompose,
+    label_entropy,
     permute_dims,
     total_correlation,
     weighted_kl,
@@ -37,6 +42,21 @@ from train.schedules import kl_factor, parse_moment
 from train.task import Step, Terms, Values
 
 TIME, NOISE, LABEL, UNITS, PERMUTE = 20, 21, 22, 26, 28  # streams of `train.draws`; UNITS + 1 of the second level
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a critic looks at.
+
+    Attributes:
+        units: (B, U) of the first level, without a gradient.
+        label: (B,) int64.
+        told: (B,) bool: the network knew the condition.
+    """
+
+    units: torch.Tensor
+    label: torch.Tensor
+    told: torch.Tensor
 
 
 class HeadTask:
@@ -60,13 +80,19 @@ class HeadTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
             network = ConditionalHead(config.head, data.space)
-            is_factor = config.objective.kind == "factor"
-            self.critic: nn.Module | None = (
-                TotalCorrelationCritic(config.head.units, config.objective.critic_width) if is_factor else None
-            )
+            self.critic = self._build_critic()
         network.standardise(data.training.moments(), _seen_embeddings(data), _examples(data, config.head.components))
         self.module: nn.Module = network
+        self._label_entropy = label_entropy(data.training.labels) if config.objective.independence else 0.0
         self._held = Held.of(data, config.run.seed)
+
+    def _build_critic(self) -> nn.Module | None:
+        objective, units = self._config.objective, self._config.head.units
+        if objective.kind == "factor":
+            return TotalCorrelationCritic(units, objective.critic_width)
+        if objective.independence:
+            return ConditionCritic(units, len(self._data.classes), objective.critic_width)
+        return None
 
     def to(self, device: torch.device) -> None:
         """See `train.task.Task.to`."""
@@ -94,7 +120,8 @@ class HeadTask:
         }
         if self.critic is not None:
             n_critic = sum(parameter.numel() for parameter in self.critic.parameters())
-            out["critic"] = f"{n_critic / 1e6:.2f} M parameters, of the total correlation, lr {objective.critic_lr:g}"
+            what = "total correlation" if objective.kind == "factor" else "units' class"
+            out["critic"] = f"{n_critic / 1e6:.2f} M parameters, of the {what}, lr {objective.critic_lr:g}"
         return out
 
     def _describe_loss(self) -> str:
@@ -109,6 +136,8 @@ class HeadTask:
         if objective.kind == "factor":
             text += f" + {objective.beta * objective.total_correlation:g} TC by a critic"
         text += f", weight {objective.schedule}"
+        if objective.independence:
+            text += f" + {objective.beta * objective.independence:g} nats that units say of the class, by a critic"
         return text + (f", {objective.free_bits:g} nats free for each unit" if objective.free_bits else "")
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
@@ -132,6 +161,10 @@ class HeadTask:
         error = out.error.float().mean()
         weight = self._weight(step)
         kl, values = self._kl(out, step)
+        carry = Carried(units=out.units[0].detach(), told=~hidden.to(z.device), label=batch["label"].to(z.device))
+        if self._config.objective.independence:
+            said = self._said_of_the_class(out.units[0], carry, step)
+            kl, values = kl + self._config.objective.independence * said, values | {"class_nats": said.detach()}
         loss = error + weight * kl / self._data.space.n
         nats = torch.stack([each.detach().flatten(1).sum(1).mean() for each in out.kl])
         values |= {
@@ -142,7 +175,7 @@ class HeadTask:
         }
         if len(nats) == 2:
             values |= {"kl_1": nats[0], "kl_2": nats[1]}
-        return Terms(loss, values, carry=out.units[0].detach())
+        return Terms(loss, values, carry=carry)
 
     def _noise(self, z: torch.Tensor, step: Step) -> Noise:
         network, at = _network(self.module), step.positions
@@ -178,21 +211,38 @@ class HeadTask:
             kl = weighted_kl(out.kl[0], free_nats=config.free_bits)
         if len(out.kl) == 2:
             kl = kl + weighted_kl(out.kl[1].sum((2, 3)), free_nats=config.free_bits)
-        if self.critic is not None:
+        if config.kind == "factor":
+            assert self.critic is not None
             with frozen(self.critic), step.autocast():
                 tc = total_correlation(self.critic(out.units[0]))
             kl = kl + config.total_correlation * tc
             values["total_correlation"] = tc.detach()
         return kl, values
 
-    def critic_step(self, critic: nn.Module, batch: Mapping[str, Any], carry: Any, step: Step) -> Terms | None:
-        """See `train.task.Task.critic_step`: one half of the batch as it is, the other one permuted."""
-        half = len(carry) // 2
-        keys = draws.uniform(step.seed, PERMUTE, step.positions, tuple(carry.shape[1:])).to(carry.device)
-        permuted = permute_dims(carry[half:], keys[half:])
+    def _said_of_the_class(self, u: torch.Tensor, carry: Carried, step: Step) -> torch.Tensor:
+        """Return nats that units say about the class as the critic reads them: those of images whose class is told."""
+        assert self.critic is not None
+        with frozen(self.critic), step.autocast():
+            logits = self.critic(u)
+        return (self._label_entropy - class_surprise(logits, carry.label, carry.told)).clamp_min(0)
+
+    def critic_step(self, critic: nn.Module, batch: Mapping[str, Any], carry: Carried, step: Step) -> Terms | None:
+        """See `train.task.Task.critic_step`.
+
+        factor: one half of the batch as it is, the other one permuted; independence: classes of units.
+        """
+        if self._config.objective.kind != "factor":
+            with step.autocast():
+                logits = critic(carry.units)
+            loss = class_surprise(logits, carry.label, carry.told)
+            return Terms(loss, {"critic_loss": loss.detach()})
+        u = carry.units
+        half = len(u) // 2
+        keys = draws.uniform(step.seed, PERMUTE, step.positions, tuple(u.shape[1:])).to(u.device)
+        permuted = permute_dims(u[half:], keys[half:])
         with step.autocast():
-            logits = critic(torch.cat([carry[:half], permuted]))
-        together, apart = logits.float().split([half, len(carry) - half])
+            logits = critic(torch.cat([u[:half], permuted]))
+        together, apart = logits.float().split([half, len(u) - half])
         loss = critic_loss(together, apart)
         right = torch.cat([together > 0, apart < 0]).float().mean()
         return Terms(loss, {"critic_loss": loss.detach(), "critic_accuracy": right})
