@@ -284,8 +284,8 @@ class Head:
         return engine
 
     def _conditions(self, c: Conditions, n: int | None) -> tuple[Tensor, Tensor]:
-        space, where = self.network.space, str(self.stored.folder)
-        found, hidden = conditions_of(c, n, space, self.classes, where)
+        width, where = self.network.space.embedding_width, str(self.stored.folder)
+        found, hidden = conditions_of(c, n, self.classes, where, width)
         return found.to(self.device), hidden.to(self.device)
 
     def _checked(self, z: Tensor | np.ndarray) -> Tensor:

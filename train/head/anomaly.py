@@ -58,7 +58,8 @@ def elbo_bits(head: Head, z: Tensor, c: Sequence[Any], n_draws: int, seed: int =
         seed: of them.
     """
     network, device = head.network, head.device
-    labels, hidden = (part.to(device) for part in conditions_of(c, len(z), network.space, head.classes, "images"))
+    found = conditions_of(c, len(z), head.classes, "images", network.space.embedding_width)
+    labels, hidden = (part.to(device) for part in found)
     rngs = generators(seed, range(n_draws), "anomaly")
     total = np.zeros(len(z))
     for number, rng in enumerate(rngs):
