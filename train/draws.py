@@ -18,6 +18,7 @@ BACKGROUND = 15
 POOL = 16  # latents that a codebook begins with
 CODEBOOK = 17
 REVIVAL = 18
+CONDITION = 19  # whether an image's class is hidden
 
 
 def rng(seed: int, stream: int, position: int) -> np.random.Generator:
