@@ -190,7 +190,7 @@ def require_unconditional(path: Path) -> None:
         return
     if name == CONDITIONAL:
         raise ModelError(
-            f"{path}: a {name}: its latents mean something under a class alone, which files, caches and measurements "
+            f"{path}: a {name}: its latents mean something only under a class, which files, caches and measurements "
             "have no place for; use it from Python, codec.latent_model.load_conditional (docs/head.md)"
         )
 
