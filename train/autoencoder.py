@@ -69,6 +69,8 @@ class AutoencoderTask:
         self._image = Channels.of(config.model.image_channels, config.data.samples)
         self.classes = classes_of(training, validation) if config.model.condition == "class" else ()
         self._held = HeldClasses.of(self.classes, validation, config.run.seed) if self.classes else None
+        if self._held is not None:
+            self._validation = self._held.mixed(validation)  # its picture shows the first ones
         network = build_network(config.model, alpha=self._image.alpha, vq=config.vq, classes=self.classes)
         model = latent_model(network)
         self.f, self._channels = model.f, model.channels

@@ -189,6 +189,9 @@ def test_each_held_out_image_is_given_the_class_of_another_one(classed: Path) ->
     found = HeldClasses.of(CLASSES, held_out, 0)
     assert all(found.other[ref.name] != ref.label for ref in held_out)
     assert found == HeldClasses.of(CLASSES, held_out, 0) != HeldClasses.of(CLASSES, held_out, 1)
+    assert [ref.label for ref in held_out] == sorted(str(ref.label) for ref in held_out)
+    mixed = [ref.label for ref in found.mixed(held_out)]
+    assert mixed != sorted(mixed, key=str)
     same = [ref for ref in held_out if ref.label == held_out[0].label]
     assert not HeldClasses.of(CLASSES, same, 0).other
     assert "not measured" in sentence({"psnr": 20.0, "without_psnr": 19.0})

@@ -32,10 +32,12 @@ class HeldClasses:
         classes: all of the model's.
         other: name of a sample -> the class of another held-out image, drawn among those of other classes; empty where
             all are of one class.
+        seed: of what is drawn.
     """
 
     classes: Sequence[str]
     other: Mapping[str, str]
+    seed: int
 
     @classmethod
     def of(cls, classes: Sequence[str], samples: Sequence[SampleRef], seed: int) -> "HeldClasses":
@@ -43,7 +45,12 @@ class HeldClasses:
         labels = np.array([classes.index(str(sample.label)) for sample in samples], np.int64)
         places = [differing(labels, n, generator(seed, sample.key, "other")) for n, sample in enumerate(samples)]
         pairs = zip(samples, places, strict=True)
-        return cls(classes, {a.name: str(samples[n].label) for a, n in pairs if samples[n].label != a.label})
+        other = {a.name: str(samples[n].label) for a, n in pairs if samples[n].label != a.label}
+        return cls(classes, other, seed)
+
+    def mixed(self, samples: Sequence[SampleRef]) -> list[SampleRef]:
+        """Return held-out images in another order, the same for all ranks: shards have class after class."""
+        return sorted(samples, key=lambda sample: float(generator(self.seed, sample.key, "order").random()))
 
     def compared(
         self, model: ConditionalKLModel, sample: SampleRef, image: np.ndarray, x: torch.Tensor, z: torch.Tensor,
