@@ -1,7 +1,8 @@
 """The classes that stand behind `codec.latent_model.LatentModel`, one adapter each.
 
-The networks are diffusers' own, but for `codec.two_level.TwoLevelVQModel`; an adapter adds nothing but names. It is
-made in no time and holds no state. Those with codebooks are in `codec.codebook_model` and `codec.two_level`.
+The networks are diffusers' own, but for those of `OWN`; an adapter adds nothing but names. It is made in no time and
+holds no state. Those with codebooks are in `codec.codebook_model` and `codec.two_level`, the one with a condition is in
+`codec.conditional_kl`.
 """
 
 from collections.abc import Sequence
@@ -19,13 +20,16 @@ from diffusers import (
 
 from codec.adapter_base import Adapter, Normalisation, Posterior
 from codec.codebook_model import CodebookModel
+from codec.conditional_kl import ConditionalAutoencoderKL, ConditionalKLModel
 from codec.errors import ModelError
 from codec.two_level import TwoLevelModel, TwoLevelVQModel
 
 __all__ = [
     "ADAPTERS",
+    "OWN",
     "AsymmetricModel",
     "CodebookModel",
+    "ConditionalKLModel",
     "DCModel",
     "Flux2Model",
     "KLModel",
@@ -253,5 +257,9 @@ ADAPTERS: dict[type[torch.nn.Module], Any] = {
     AutoencoderKLFlux2: Flux2Model,
     AsymmetricAutoencoderKL: AsymmetricModel,
     TwoLevelVQModel: TwoLevelModel,
+    ConditionalAutoencoderKL: ConditionalKLModel,
 }
 """Class of the network -> adapter."""
+
+OWN = (TwoLevelVQModel, ConditionalAutoencoderKL)
+"""Classes of this project, which diffusers has not."""

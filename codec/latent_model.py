@@ -2,7 +2,7 @@
 
     x (B, 3, H, W) in [-1, 1] -> encode -> Posterior(mean, log-variance), raw (B, D, h, w) -> decode -> x_hat
 
-The networks are diffusers' own classes, but for `codec.two_level.TwoLevelVQModel`; an adapter adds nothing but names.
+The networks are diffusers' own classes, but for `codec.adapters.OWN`; an adapter adds nothing but names.
 Another family is another adapter and one more row in `codec.adapters.ADAPTERS`.
 """
 
@@ -22,6 +22,7 @@ from codec.adapters import (
     ADAPTERS,
     AsymmetricModel,
     CodebookModel,
+    ConditionalKLModel,
     DCModel,
     Flux2Model,
     KLModel,
@@ -36,6 +37,7 @@ __all__ = [
     "ADAPTERS",
     "AsymmetricModel",
     "CodebookModel",
+    "ConditionalKLModel",
     "DCModel",
     "Flux2Model",
     "KLModel",
@@ -47,6 +49,7 @@ __all__ = [
     "decoder_id",
     "encoder_id",
     "latent_model",
+    "load_conditional",
     "load_latent_model",
     "load_network",
     "normalisation_from_json",
@@ -177,7 +180,28 @@ def load_latent_model(
         ModelError: the folder or its weights are missing or damaged, or the class is not supported.
         UsageError: there is no such device.
     """
-    network = load_network(folder, image_channels=image_channels)
+    return _ready(load_network(folder, image_channels=image_channels), device)
+
+
+def load_conditional(folder: str | Path, device: str | torch.device = "cpu") -> ConditionalKLModel:
+    """Load an autoencoder that knows its images' class, in float32, for inference: a model folder, or the run's.
+
+    Raises:
+        ModelError: see `load_latent_model`; or it knows no class.
+        UsageError: there is no such device.
+    """
+    path = Path(folder)
+    if (path / "model" / "config.json").is_file():  # a run has a config.json too, its own
+        path = path / "model"
+    model = _ready(load_network(path, image_channels=None, conditional=True), device)
+    if not isinstance(model, ConditionalKLModel):
+        raise ModelError(
+            f"{path}: a {type(model.network).__name__}, which knows no classes; load_latent_model loads it"
+        )
+    return model
+
+
+def _ready(network: torch.nn.Module, device: str | torch.device) -> LatentModel:
     try:
         network.to(device)
     except (RuntimeError, AssertionError) as exception:  # what torch raises for devices that it does not have
@@ -185,12 +209,13 @@ def load_latent_model(
     return latent_model(network.eval().requires_grad_(False))
 
 
-def load_network(folder: Path, *, image_channels: int | None = 3) -> torch.nn.Module:
+def load_network(folder: Path, *, image_channels: int | None = 3, conditional: bool = False) -> torch.nn.Module:
     """Load the network of a diffusers folder, in float32 on the CPU, in evaluation mode, its parameters trainable.
 
     Args:
         folder: of an autoencoder, or of a pipeline with one in `vae/`. Nothing is downloaded.
         image_channels: how many it must have; None = any number, as many in as out.
+        conditional: also one that knows its images' class, which who only sees images cannot use.
 
     Raises:
         ModelError: the folder or its weights are missing or damaged, do not fit its config, or the class is not
@@ -201,6 +226,8 @@ def load_network(folder: Path, *, image_channels: int | None = 3) -> torch.nn.Mo
     if not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists():
         folder = folder / "vae"
     kind = _class_of(folder)
+    if not conditional:
+        model_folder.require_unconditional(folder)
     try:
         with _quiet():
             network, found = kind.from_pretrained(

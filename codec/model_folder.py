@@ -31,6 +31,8 @@ CODEC_JSON = "codec.json"
 CODEC_TENSORS = "codec.safetensors"
 FOLDER_VERSION = 1
 MODELS_VARIABLE = "CODEC_MODELS"
+CONDITIONAL = "ConditionalAutoencoderKL"
+"""The class of `codec.conditional_kl`, which the codec does not code."""
 
 # For each class, the fields of diffusers' config that decide what its decoder computes from raw latents.
 DECODER_FIELDS = {
@@ -180,6 +182,19 @@ def is_model_folder(path: Path) -> bool:
     return (path / CODEC_JSON).is_file()
 
 
+def require_unconditional(path: Path) -> None:
+    """Raise ModelError where a folder holds an autoencoder that has to be told the class of each image."""
+    try:
+        name = json.loads((path / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):  # whoever needs it says what is wrong with it
+        return
+    if name == CONDITIONAL:
+        raise ModelError(
+            f"{path}: a {name}: its latents mean something only under a class, which files, caches and measurements "
+            "have no place for; use it from Python, codec.latent_model.load_conditional (docs/head.md)"
+        )
+
+
 def read(path: Path) -> ModelFolder:
     """Read codec.json and codec.safetensors of a folder.
 
@@ -188,6 +203,7 @@ def read(path: Path) -> ModelFolder:
     """
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder")
+    require_unconditional(path)
     if not is_model_folder(path):
         raise ModelError(f"{path}: no {CODEC_JSON} in it: not a model of the codec (export one with codec-train)")
     try:

@@ -1,4 +1,4 @@
-"""The autoencoder task: AutoencoderKL, AutoencoderTiny and VQ models, which differ only inside the model.
+"""The autoencoder task: AutoencoderKL (and one with a condition), AutoencoderTiny, VQ models: they differ inside alone.
 
     image -> AutoencoderModule -> x_hat -> reconstruction and adversarial terms -> gradients at x_hat -----+
                                -> mean, log-variance, codes, bits -> `train.latent_terms` -----------------+-> backward
@@ -19,6 +19,7 @@ from torch import nn
 
 from codec import console
 from codec.adapters import CodebookModel
+from codec.conditional_kl import NO_CLASS
 from codec.errors import UsageError
 from codec.latent_model import LatentModel, latent_model
 from codec.latent_transform import LatentTransform
@@ -28,9 +29,12 @@ from train import draws as positions_draws
 from train.adversary import Adversary
 from train.channels import Channels
 from train.config import Config
+from train.cvae.classes import classes_of
+from train.cvae.export import export_conditional
+from train.cvae.measure import HeldClasses, sentence
 from train.data import share_of, whole_images
 from train.discriminator import build_discriminator
-from train.draws import LATENT_NOISE, PER_BATCH, PER_IMAGE, POSTERIOR, UNIFORM
+from train.draws import CONDITION, LATENT_NOISE, PER_BATCH, PER_IMAGE, POSTERIOR, UNIFORM
 from train.export import export_model, load_discriminator_state
 from train.health import Monitor
 from train.latent_losses import LatentScale
@@ -56,13 +60,18 @@ class AutoencoderTask:
         """Build networks and losses.
 
         Raises:
-            UsageError: features, starting point or teacher missing; crops that the losses cannot take.
+            UsageError: features, starting point or teacher missing; crops that the losses cannot take; images without a
+                class where the network is told it.
         """
         self._config = config
         self._training = training
         self._validation = validation
         self._image = Channels.of(config.model.image_channels, config.data.samples)
-        network = build_network(config.model, alpha=self._image.alpha, vq=config.vq)
+        self.classes = classes_of(training, validation) if config.model.condition == "class" else ()
+        self._held = HeldClasses.of(self.classes, validation, config.run.seed) if self.classes else None
+        if self._held is not None:
+            self._validation = self._held.mixed(validation)  # its picture shows the first ones
+        network = build_network(config.model, alpha=self._image.alpha, vq=config.vq, classes=self.classes)
         model = latent_model(network)
         self.f, self._channels = model.f, model.channels
         self._has_variance = model.family == "kl"
@@ -184,6 +193,9 @@ class AutoencoderTask:
         if not self._image.plain:
             network += f"; images: {self._image.describe()}"
         out = {"network": network, "loss": self._describe_losses()}
+        if self._held is not None:
+            hidden = f"{config.model.condition_dropout:.0%} hidden"
+            out["condition"] = f"{len(self.classes)} classes, {hidden}; {self._held.describe()}"
         out |= {codebook.name: codebook.describe() for codebook in self._latents.codebooks}
         if self._latents.has_kl:
             side, count = max(config.data.sides), self._image.count
@@ -226,7 +238,7 @@ class AutoencoderTask:
         x = batch["image"]
         if self.adversary is not None:
             self.adversary.begin(step)
-        draws = self._draw(x, step)
+        draws = self._draw(x, batch.get("label"), step)
         with step.autocast():
             outputs: Outputs = module(x, draws)
         target = x if draws.transform is None else draws.transform.image(x, self.f)
@@ -276,8 +288,8 @@ class AutoencoderTask:
         # Only their ratio counts: enlarged, so that fp16 can hold what is left of a mean over many pixels.
         return [torch.autograd.grad(x_hat, weight, _HEADROOM * g, retain_graph=True)[0] for g in gradients]
 
-    def _draw(self, x: torch.Tensor, step: Step) -> Draws:
-        """Draw what is random in one forward pass from (seed, position)."""
+    def _draw(self, x: torch.Tensor, labels: torch.Tensor | None, step: Step) -> Draws:
+        """Draw what is random in one forward pass from (seed, position); `labels`: (B,) of the images' classes."""
         config, seed, at, device = self._config, step.seed, step.positions, x.device
         height, width = x.shape[-2] // self.f, x.shape[-1] // self.f
         shape = (self._channels, height, width)
@@ -298,6 +310,10 @@ class AutoencoderTask:
             if rng.random() < config.latents.equivariance:
                 out["transform"] = LatentTransform.draw(rng, height, width, self.f, self._smallest_side())
         out["teacher_latents"] = self._latents.teacher_latents(x, step)
+        if self.classes:
+            assert labels is not None
+            chance = positions_draws.uniform(seed, CONDITION, at, ()).to(device)
+            out["labels"] = labels.masked_fill(chance < config.model.condition_dropout, NO_CLASS)
         return Draws(**out)
 
     def critic_step(self, critic: nn.Module, batch: Mapping[str, Any], carry: Any, step: Step) -> Terms | None:
@@ -336,6 +352,8 @@ class AutoencoderTask:
     def after_validation(self, metrics: Mapping[str, float], step: Step) -> list[str]:
         """See `train.task.Task.after_validation`."""
         lines = self._latents.after_validation(metrics)
+        if self._held is not None and metrics:
+            lines.append(sentence(metrics))
         if self.adversary is None or "loss" not in metrics:
             return lines
         return lines + self.adversary.after_validation(metrics["loss"], step)
@@ -347,6 +365,7 @@ class AutoencoderTask:
             "monitor": self._monitor.state_dict(),
             "kl_relief": self._latents.kl_relief,
             "scale": asdict(self._scale),
+            "classes": list(self.classes),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -362,15 +381,16 @@ class AutoencoderTask:
     ) -> tuple[list[dict[str, Any]], np.ndarray | None]:
         """Measure this rank's held-out images; see `train.task.Task.evaluate` and `train.validation.measure`."""
         samples = share_of(self._validation, rank, n_ranks)
-        return measure(_unwrapped(module), samples, self.loss, self._config.data.validation_crop, device)
+        return measure(_unwrapped(module), samples, self.loss, self._config.data, device, self._held)
 
     def export(self, module: nn.Module, out: Path, record: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         """See `train.task.Task.export`; with a rate model the figures hold its estimate, of STATIC mode."""
         parts = _unwrapped(module)
         discriminator = self.critic if self._config.adversarial.export else None
-        if parts.quantisers:
+        if parts.quantisers or self.classes:
             run = (self._config, self._training, self._validation)
-            return export_codebook_model(parts.network, out, *run, record=record, discriminator=discriminator)
+            write = export_codebook_model if parts.quantisers else export_conditional
+            return write(parts.network, out, *run, record=record, discriminator=discriminator)
         figures = export_model(
             parts.network,
             out,

@@ -88,6 +88,8 @@ def run_bench(
         UsageError: no shards, a recipe that cannot be trained or compared, `largest` without a GPU.
         TrainingError: losses stay not finite.
     """
+    if config.model.condition != "none":
+        raise UsageError("model.condition = class: the loop that it is measured beside tells no class; set it to none")
     if effort.largest and not torch.cuda.is_available():
         raise UsageError("--largest-batch: needs a GPU; on a CPU the system kills what takes too much memory")
     with tempfile.TemporaryDirectory(prefix="codec-train-bench-") as name:

@@ -42,10 +42,7 @@ def model_card(
         figures: what `train.export` measured on held-out images.
         kept: whether scaling_factor and shift_factor are another model's, not measured.
     """
-    record = info["training"]
     kind = type(network).__name__
-    data = config.data
-    crops = " or ".join(map(str, data.crops or (data.crop,))) + (f", then {data.final_crop}" if data.final_crop else "")
     lines = [
         "---",
         "library_name: diffusers",
@@ -65,23 +62,12 @@ def model_card(
         "```",
         "",
         *(_COMMANDS if network.config.in_channels == 3 else []),
-        "## Training",
-        "",
-        f"- data: {record['data']}; licence: {config.export.data_licence or 'not stated'}",
-        f"- {record.get('images_seen', 'n/a')} images seen in {record.get('steps', 'n/a')} steps, "
-        f"{record.get('time_s', 0) / 60:.1f} minutes; crops of {crops} pixels",
-        f"- {start_line(config)}",
-        *image_lines(config),
-        f"- loss: {record.get('losses', 'n/a')}" + ("" if config.adversarial.weight else "; no discriminator"),
-        f"- AdamW, lr {config.optim.lr:g}, {config.optim.schedule}; these are the averaged weights (EMA "
-        f"{config.optim.ema_decay:g} per step)",
-        f"- validation (held-out centre crops, mode, not quantised, 8 bit): {inline(record.get('validation', {}))}",
-        "",
+        *training_lines(info, config, "mode, not quantised"),
         "## Latents",
         "",
         *_latents(info, summary, kept),
         "",
-        *_channels(summary),
+        *channel_table(summary),
         "",
         *(["## Drift", "", *drift_lines(figures["drift"]), ""] if "drift" in figures else []),
     ]
@@ -114,7 +100,27 @@ def model_card(
     return "\n".join(lines)
 
 
-def start_line(config: Config) -> str:
+def training_lines(info: Mapping[str, Any], config: Config, how: str) -> list[str]:
+    """Return the section on the training; `how` held-out crops were reconstructed."""
+    record, data = info["training"], config.data
+    crops = " or ".join(map(str, data.crops or (data.crop,))) + (f", then {data.final_crop}" if data.final_crop else "")
+    return [
+        "## Training",
+        "",
+        f"- data: {record['data']}; licence: {config.export.data_licence or 'not stated'}",
+        f"- {record.get('images_seen', 'n/a')} images seen in {record.get('steps', 'n/a')} steps, "
+        f"{record.get('time_s', 0) / 60:.1f} minutes; crops of {crops} pixels",
+        f"- {_start_line(config)}",
+        *_image_lines(config),
+        f"- loss: {record.get('losses', 'n/a')}" + ("" if config.adversarial.weight else "; no discriminator"),
+        f"- AdamW, lr {config.optim.lr:g}, {config.optim.schedule}; these are the averaged weights (EMA "
+        f"{config.optim.ema_decay:g} per step)",
+        f"- validation (held-out centre crops, {how}, 8 bit): {_inline(record.get('validation', {}))}",
+        "",
+    ]
+
+
+def _start_line(config: Config) -> str:
     """Say what training started from."""
     model = config.model
     taught = f"; taught by the latents of {last_parts(model.teacher)}" if model.teacher else ""
@@ -124,7 +130,7 @@ def start_line(config: Config) -> str:
     return f"from {last_parts(model.init_from)}, {frozen}{taught}"
 
 
-def image_lines(config: Config) -> list[str]:
+def _image_lines(config: Config) -> list[str]:
     """Say what the channels of the images are, where they are not RGB."""
     channels = Channels.of(config.model.image_channels, config.data.samples)
     return [] if channels.plain else [f"- images of {channels.count} channels: {channels.describe()}, in [-1, 1]"]
@@ -173,8 +179,8 @@ def _latents(info: Mapping[str, Any], summary: LatentSummary, kept: bool) -> lis
     ]
 
 
-def _channels(summary: LatentSummary) -> list[str]:
-    """The table of the channels; columns of the posterior's variance only where there is one."""
+def channel_table(summary: LatentSummary) -> list[str]:
+    """Return the table of the channels; columns of the posterior's variance only where there is one."""
     columns = {"mean": summary.mean, "std": summary.std}
     if summary.posterior_std.any():
         columns |= {"posterior std": summary.posterior_std, "KL, nats": summary.kl_nats}
@@ -185,5 +191,5 @@ def _channels(summary: LatentSummary) -> list[str]:
     return ["| channel | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|", *rows]
 
 
-def inline(metrics: Mapping[str, float]) -> str:
+def _inline(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or "n/a"

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from codec import facts, preview
-from codec.adapters import CodebookModel, TwoLevelModel
+from codec.adapters import CodebookModel, ConditionalKLModel, TwoLevelModel
 from codec.files import write_atomic
 from codec.latent_model import LatentModel, latent_model
 from codec.model_folder import CODEC_TENSORS
@@ -104,6 +104,8 @@ def where_it_loads(network: nn.Module, known: Mapping[str, Any], formats: Mappin
         formats: what `train.formats.write_formats` found.
     """
     model, kind = latent_model(network), type(network).__name__
+    if isinstance(model, ConditionalKLModel):
+        return _table([*_conditional_rows(kind), *_float16_rows(network, formats)])
     rows = [
         _diffusers_row(model, kind),
         *_single_file_rows(network, known, formats),
@@ -113,8 +115,20 @@ def where_it_loads(network: nn.Module, known: Mapping[str, Any], formats: Mappin
     ]
     if "stream_ids" in known and int(config_of(network)["in_channels"]) == 3:
         rows.append(("latent-codec", "yes", "`codec encode photos -o coded -m FOLDER`"))
-    table = ["| where | loads | how, or why not |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return [*table, *_shift_lines(model)]
+    return [*_table(rows), *_shift_lines(model)]
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    return ["| where | loads | how, or why not |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _conditional_rows(kind: str) -> list[tuple[str, str, str]]:
+    why = "they have no place for the class of an image, without which these latents say little"
+    return [
+        ("latent-codec, in Python", "yes", "`codec.latent_model.load_conditional(FOLDER)`"),
+        ("diffusers; ComfyUI; AUTOMATIC1111, Forge", "no", f"none has a class or a pipeline for a {kind}"),
+        ("`codec encode`, caches, `codec-eval`, ONNX", "no", why),
+    ]
 
 
 def _diffusers_row(model: LatentModel, kind: str) -> tuple[str, str, str]:

@@ -11,7 +11,7 @@ from train.vq.config import LEARNED, VQConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network: a diffusers.AutoencoderKL, AutoencoderTiny or VQModel, or a VQ model of two levels."""
+    """The network: a diffusers.AutoencoderKL, AutoencoderTiny or VQModel, or one of this project beside them."""
 
     family: Literal["kl", "tiny", "vq"] = "kl"
     """kl: AutoencoderKL; tiny: AutoencoderTiny, without variance, norms and attention; vq: VQModel, or with
@@ -42,6 +42,10 @@ class ModelConfig:
     """linear: a nearly linear pyramid that lets brightness pass, learns much sooner; diffusers: torch's default."""
     use_quant_conv: bool = True
     """The two 1x1 convolutions around the latents, as in Stable Diffusion 1 and 2 (kl; a VQModel always has them)."""
+    condition: Literal["none", "class"] = "none"
+    """class: encoder and decoder are told each image's class, as the shards have it (kl): a CVAE; see docs/head.md."""
+    condition_dropout: float = 0.1
+    """The share of the training's images whose class is hidden from both parts: the model serves without one too."""
 
     def __post_init__(self) -> None:
         require(self.teacher_weight >= 0, "model.teacher_weight", self.teacher_weight, ">= 0")
@@ -72,6 +76,9 @@ class ModelConfig:
         require(self.layers_per_block >= 1, "model.layers_per_block", self.layers_per_block, ">= 1")
         require(self.latent_channels >= 1, "model.latent_channels", self.latent_channels, ">= 1")
         require(self.image_channels >= 3, "model.image_channels", self.image_channels, ">= 3")
+        dropout = self.condition_dropout
+        why = "between 0 and 1: the model has to know what no condition is"
+        require(0 < dropout < 1, "model.condition_dropout", dropout, why)
 
     @property
     def decoder_only(self) -> bool:
@@ -116,6 +123,9 @@ class DataConfig:
     large ones then fit the norms, which look at the whole image, to large images."""
     final_part: float = 0.35
     """The last part of the run that takes `final_crop`, as a share of its length."""
+    whole: bool = False
+    """indexed: resize each image until it just covers crop x crop, in training and validation, in place of cutting
+    pieces out of it: small pictures of whole things."""
     flip: bool = True
     """Mirror half of the crops."""
     n_validation: int = 64
@@ -153,6 +163,9 @@ class DataConfig:
             self.random_resize,
             "1 with data.aspect_buckets, which decide the size",
         )
+        plain = (self.mode, self.sides, self.aspect_buckets, self.random_resize) == ("indexed", (self.crop,), 0, 1)
+        why = "false with data.mode streaming, crops, final_crop, aspect_buckets or random_resize"
+        require(plain or not self.whole, "data.whole", self.whole, why)
         require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, ">= 1")
         require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "0..1")
         require(0 <= self.final_part <= 1, "data.final_part", self.final_part, "0..1")
@@ -321,6 +334,8 @@ class Config:
         model, adversarial = self.model, self.adversarial
         self._check_image_channels()
         self._check_anchor()
+        if model.condition != "none":
+            self._check_condition()
         if model.teacher:
             require(self.rate.probability == 0, "rate.probability", self.rate.probability, "0 with model.teacher")
             require(model.trainable != "decoder", "model.trainable", model.trainable, "all or auto with model.teacher")
@@ -345,6 +360,20 @@ class Config:
                 not model.decoder_only, "latents.anchor_weight", latents.anchor_weight, "0: the encoder stays as it is"
             )
             require(model.teacher == "", "latents.anchor_weight", latents.anchor_weight, "0 with model.teacher")
+
+    def _check_condition(self) -> None:
+        """Refuse what does not go along with a condition: it would not be told, or has no place for one."""
+        model, anchor = self.model, self.latents.anchor_weight
+        for name, value, fits, allowed in (
+            ("model.family", model.family, model.family == "kl", "kl"),
+            ("model.init_from", model.init_from, not model.init_from, "empty"),
+            ("data.mode", self.data.mode, self.data.mode == "indexed", "indexed"),
+            ("rate.probability", self.rate.probability, self.rate.probability == 0, "0"),
+            ("latents.anchor_weight", anchor, anchor == 0, "0"),
+            ("run.gradient_checkpointing", True, not self.run.gradient_checkpointing, "false"),
+            ("export.formats", self.export.formats, "onnx" not in self.export.formats, "none of onnx"),
+        ):
+            require(fits, name, value, f"{allowed} with model.condition {model.condition}")
 
     def check_vq(self) -> None:
         """Raise ValueError where something is asked for that a VQModel cannot have; also called for one of a folder."""

@@ -44,6 +44,18 @@ def cover_crop(image: Picture, height: int, width: int, rng: np.random.Generator
     return _resized_piece(image, height, width, min(image.height / height, image.width / width), rng)
 
 
+def centre_cover(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize an image, (H, W, C) uint8, until it just covers (side, side), and keep its middle: (side, side, C)."""
+    height, width = image.shape[:2]
+    if height == width == side:
+        return image
+    short = min(height, width)
+    left, top = (width - short) / 2, (height - short) / 2
+    picture = Image.fromarray(image) if image.shape[2] == 3 else Bands(image)
+    box = (left, top, left + short, top + short)
+    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS, box=box, reducing_gap=_REDUCING_GAP))
+
+
 def mirrored(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Turn left and right around, or not, with equal chance."""
     return image[:, ::-1] if rng.random() < 0.5 else image

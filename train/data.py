@@ -21,7 +21,7 @@ from codec.pixels import to_float
 from codec.shards import SampleRef
 from train.bad_samples import BadSample, bad_sample
 from train.config import DataConfig
-from train.crops import centre_crop, cover_crop, mirrored, random_crop
+from train.crops import centre_cover, centre_crop, cover_crop, mirrored, random_crop
 from train.order import bucket_ratios, bucket_shape, epoch_batches, epoch_order, nearest_bucket
 from train.samples import Picture, finished, load_array, load_picture
 from train.signals import leave_to_the_run
@@ -60,6 +60,7 @@ class SampleSequence(Dataset[dict[str, Any]]):
         batch_size: int = 1,
         multiple: int = 1,
         channels: int = 3,
+        classes: Sequence[str] = (),
     ) -> None:
         """Lay out the sequence; nothing is read yet.
 
@@ -71,6 +72,7 @@ class SampleSequence(Dataset[dict[str, Any]]):
                 `crops` or `aspect_buckets`.
             multiple: f; sides of the buckets' shapes are multiples of it.
             channels: C of the images, see `train.samples.load_picture`.
+            classes: names of the labels 0, 1, ..., which samples then have; none = they have none.
         """
         self.config = config
         self.samples = list(samples)
@@ -78,6 +80,7 @@ class SampleSequence(Dataset[dict[str, Any]]):
         self._seed = seed
         self._multiple = multiple
         self._channels = channels
+        self._labels = {name: label for label, name in enumerate(classes)}
         self._cache: dict[tuple[Path, int], Picture] = {}
         self._cached_bytes = [0]  # a list: shared by copies, as the cache is
         self._epoch = -1
@@ -109,7 +112,7 @@ class SampleSequence(Dataset[dict[str, Any]]):
         return self._final
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Return image (C, H, W) float32 in [-1, 1], key, and the `BadSample`s met on the way.
+        """Return image (C, H, W) float32 in [-1, 1], key, label (with classes), and the `BadSample`s met on the way.
 
         An unreadable sample keeps its position: its replacement is drawn from (seed, position) too.
 
@@ -128,13 +131,14 @@ class SampleSequence(Dataset[dict[str, Any]]):
                 bad.append(bad_sample(sample.key, sample.name, exception))
                 sample = self.samples[int(rng.integers(len(self.samples)))]
                 continue
-            if self._buckets is None:
-                crop = random_crop(image, width, rng, self.config.random_resize)
-            else:
+            if self._buckets is not None or self.config.whole:
                 crop = cover_crop(image, height, width, rng)
+            else:
+                crop = random_crop(image, width, rng, self.config.random_resize)
             crop = finished(crop, image)
             crop = mirrored(crop, rng) if self.config.flip else crop
-            return {"image": to_float(crop), "key": sample.key, "bad": bad}
+            told = {"label": self._labels[str(sample.label)]} if self._labels else {}
+            return {"image": to_float(crop), "key": sample.key, "bad": bad, **told}
         raise UsageError(f"{_REPLACEMENTS} unreadable samples in a row; the first: {bad[0].key}: {bad[0].reason}")
 
     def require_whole_batches(self, batch_size: int, start: int) -> None:
@@ -205,8 +209,9 @@ class _RankBatches(Sampler[list[int]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join samples of one shape to a batch."""
-    return {
+    """Join samples of one shape to a batch; labels, where there are some, become (B,) int64."""
+    labels = [sample["label"] for sample in samples if "label" in sample]
+    return ({"label": torch.tensor(labels)} if labels else {}) | {
         "image": torch.stack([sample["image"] for sample in samples]),
         "key": [sample["key"] for sample in samples],
         "bad": [bad for sample in samples for bad in sample["bad"]],
@@ -250,6 +255,7 @@ def whole_images(
     multiple: int,
     bad: list[tuple[str, str]] | None = None,
     channels: int = 3,
+    cover: int = 0,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (key, image) of each sample once, centre-cropped to at most `side` pixels a side, multiples of `multiple`.
 
@@ -261,6 +267,7 @@ def whole_images(
         multiple: pixels; f.
         bad: takes (key, reason) of each sample that cannot be read, which is then left out; None raises instead.
         channels: C, see `train.samples.load_picture`.
+        cover: side of a square that images are first resized to, until they just cover it, pixels; 0 = as they are.
 
     Raises:
         ImageError: a sample cannot be read, and `bad` is None.
@@ -273,7 +280,7 @@ def whole_images(
                 raise
             bad.append((sample.key, str(exception)))
             continue
-        yield sample.key, centre_crop(image, side, multiple)
+        yield sample.key, centre_crop(centre_cover(image, cover) if cover else image, side, multiple)
 
 
 def share_of(samples: Sequence[SampleRef], rank: int, n_ranks: int) -> list[SampleRef]:

@@ -18,6 +18,7 @@ BACKGROUND = 15
 POOL = 16  # latents that a codebook begins with
 CODEBOOK = 17
 REVIVAL = 18
+CONDITION = 19  # whether an image's class is hidden
 
 
 def rng(seed: int, stream: int, position: int) -> np.random.Generator:
@@ -35,3 +36,9 @@ def uniform(seed: int, stream: int, positions: Sequence[int], shape: tuple[int, 
     """Return uniform noise in [0, 1), (B, *shape) float32 on the CPU, one draw per position."""
     drawn = [rng(seed, stream, position).random(shape, dtype=np.float32) for position in positions]
     return torch.from_numpy(np.stack(drawn))
+
+
+def differing(labels: np.ndarray, n: int, rng: np.random.Generator) -> int:
+    """Return the place, in (N,) labels, of one that differs from number n, drawn at random; n where all are alike."""
+    others = np.flatnonzero(labels != labels[n])
+    return int(others[rng.integers(len(others))]) if len(others) else n

@@ -111,7 +111,8 @@ def export_model(
     if discriminator is not None:
         write_discriminator(discriminator, out / DISCRIMINATOR)
     info = model_info(model, config, record, (len(training), len(validation)))
-    info |= {"statistics": measured.summary.to_json(), "preview": None if preview is None else preview.to_json()}
+    info |= {"decoder_id": decoder_id(network), "statistics": measured.summary.to_json()}
+    info |= {"preview": None if preview is None else preview.to_json()}
     coding = _tables(config, measured, learned=step is not None)
     if image.plain:  # the codec codes no others
         info["search_below"] = search_below(model, real, coding["table_sets"][-1], coding["mean"], coding["step"])
@@ -131,14 +132,16 @@ def export_model(
 def model_info(
     model: LatentModel, config: Config, record: Mapping[str, Any], counts: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return what codec.json says of a model before anything is measured; counts: of training and held-out images."""
+    """Return what codec.json says of a model before anything is measured, but for its id.
+
+    Counts: of training and held-out images.
+    """
     return {
         "name": config.export.name or Path(config.run.out).resolve().name,
         "family": model.family,
         "f": model.f,
         "latent_channels": model.channels,
         "receptive_field": model.receptive_field,
-        "decoder_id": decoder_id(model.network),
         "scaling_factor": model.scaling_factor,
         "shift_factor": model.shift_factor,
         "latents_of": latents_of(config),

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from codec import facts, preview
+from codec.conditional_kl import ConditionalAutoencoderKL
 from codec.errors import ModelError, UsageError
 from codec.files import check_writable, write_atomic
 from codec.latent_model import latent_model, load_network
@@ -68,7 +69,7 @@ def export_folder(source: Path, how: FolderExport) -> tuple[dict[str, Any], list
         UsageError: `out` is in use or cannot be written, there are no images, a package is missing.
     """
     root = model_root(source)
-    network = load_network(root, image_channels=None).eval().requires_grad_(False)
+    network = load_network(root, image_channels=None, conditional=True).eval().requires_grad_(False)
     check_formats(network, how.wanted)
     images = _open_images(how.images, network)
     is_new = how.out is not None and how.out.resolve() != root.resolve()
@@ -123,6 +124,8 @@ def _open_images(path: Path | None, network: nn.Module) -> FitImages | None:
     if path is None:
         return None
     channels = config_of(network)["in_channels"]
+    if isinstance(network, ConditionalAutoencoderKL):
+        raise UsageError(f"--preview: a {type(network).__name__}, whose latents have colours under a class alone")
     if channels != 3:
         raise UsageError(f"--preview: a network of {channels} image channels; images are read as RGB")
     return FitImages.open(path, _PREVIEW_IMAGES)

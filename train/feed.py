@@ -19,7 +19,15 @@ class Feed:
         bad: what could not be read; counted when a batch is trained on.
     """
 
-    def __init__(self, config: Config, samples: Sequence[SampleRef], f: int, rank: int, n_ranks: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        samples: Sequence[SampleRef],
+        f: int,
+        rank: int,
+        n_ranks: int,
+        classes: Sequence[str] = (),
+    ) -> None:
         """Lay out the data; a stream is opened once, to see that it gives anything.
 
         Args:
@@ -28,6 +36,7 @@ class Feed:
             f: the network's downsampling factor.
             rank: this rank.
             n_ranks: how many there are. Data are divided among them here, and nowhere else.
+            classes: names of the labels 0, 1, ..., where batches have to have labels.
 
         Raises:
             UsageError: the stream's shards cannot be read.
@@ -44,6 +53,7 @@ class Feed:
                 batch_size=config.optim.batch_size,
                 multiple=f,
                 channels=config.model.image_channels,
+                classes=classes,
             )
             self._text = describe_data(self._sequence, n_ranks)
         else:

@@ -112,7 +112,7 @@ def write_formats(folder: Path, wanted: Wanted, *, half: Half | None = None) -> 
         ModelError: it cannot be had, or what was written gave something else when it was loaded again.
         UsageError: a package is missing.
     """
-    network = load_network(folder, image_channels=None).eval().requires_grad_(False)
+    network = _load(folder).requires_grad_(False)
     check_formats(network, wanted)
     stored = stored_formats(folder, network)
     _remove_stale(folder, network)
@@ -195,7 +195,7 @@ def check_equal(network: nn.Module, again: nn.Module, what: str) -> None:
 
 def check_folder(network: nn.Module, folder: Path) -> None:
     """Load a folder again and raise ModelError where it gives something else than the network that was saved."""
-    check_equal(network, load_network(folder, image_channels=None).eval().to(_device(network)), str(folder))
+    check_equal(network, _load(folder).to(_device(network)), str(folder))
 
 
 def make_readable(folder: Path) -> None:
@@ -219,7 +219,7 @@ def _write_single_file(network: nn.Module, folder: Path, path: Path) -> dict[str
 def _write_fp16(network: nn.Module, folder: Path, stage: Path, *, single: bool) -> dict[str, Any]:
     """Write the float16 variant, and the single file where there is one; both hold the same rounded weights."""
     narrow = {name: tensor.half() for name, tensor in network.state_dict().items()}
-    rounded = load_network(folder, image_channels=None).eval()
+    rounded = _load(folder)
     rounded.load_state_dict({name: tensor.float() for name, tensor in narrow.items()})
     shutil.copy(folder / "config.json", stage)
     _save(narrow, stage / FP16_VARIANT, network, folder)
@@ -322,6 +322,11 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         diffusers_logging.set_verbosity(before)
+
+
+def _load(folder: Path) -> nn.Module:
+    """Load any network that is exported: one that knows classes is compared without them."""
+    return load_network(folder, image_channels=None, conditional=True).eval()
 
 
 def _device(network: nn.Module) -> torch.device:

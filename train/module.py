@@ -1,8 +1,8 @@
 """What DDP wraps: one forward is the whole pass of an autoencoder, so that every gradient is reduced over ranks.
 
-x -> encoder -> mean, log-variance -> z (posterior sample, or one quantiser step of noise)
+x (and its class) -> encoder -> mean, log-variance -> z (posterior sample, or one quantiser step of noise)
              -> latents of each map -> its quantiser -> z (codebook vectors)
-  -> noise, transform -> decoder -> x_hat
+  -> noise, transform -> decoder (and the class) -> x_hat
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from codec.codebook_model import CodebookModel
-from codec.latent_model import latent_model
+from codec.conditional_kl import ConditionalAutoencoderKL, ConditionalKLModel
+from codec.latent_model import LatentModel, latent_model
 from codec.latent_transform import LatentTransform
 from codec.two_level import TwoLevelVQModel
 from train.latent_losses import noisy_latents
@@ -41,6 +42,7 @@ class Draws:
         noise_deviation: (B,) in raw units.
         transform: of the latents, before the decoder.
         teacher_latents: (B, D, h, w) a teacher's normalized latents, decoded in place of the network's own.
+        labels: (B,) int64, the classes that encoder and decoder are told, -1 = none; None where they take none.
     """
 
     posterior: torch.Tensor | None = None
@@ -51,6 +53,7 @@ class Draws:
     noise_deviation: torch.Tensor | None = None
     transform: LatentTransform | None = None
     teacher_latents: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +95,11 @@ class _Encoded:
 
 
 class AutoencoderModule(nn.Module):
-    """A diffusers autoencoder with everything else that is trained beside it."""
+    """An autoencoder with everything else that is trained beside it."""
 
     def __init__(
         self,
-        network: AutoencoderKL | AutoencoderTiny | VQModel | TwoLevelVQModel,
+        network: AutoencoderKL | AutoencoderTiny | VQModel | TwoLevelVQModel | ConditionalAutoencoderKL,
         *,
         rate: RateModel | None = None,
         quantisers: Sequence[Quantiser] = (),
@@ -131,7 +134,8 @@ class AutoencoderModule(nn.Module):
             x: (B, C, H, W) in [-1, 1].
             draws: all that is random.
         """
-        encoded = self._sampled(x, draws) if self._coded is None else self._quantised(x, self._coded)
+        model = self._model if draws.labels is None else self._told(draws.labels)
+        encoded = self._sampled(model, x, draws) if self._coded is None else self._quantised(x, self._coded)
         z = encoded.z
         if draws.teacher_latents is not None:
             z = draws.teacher_latents
@@ -140,7 +144,7 @@ class AutoencoderModule(nn.Module):
         if draws.transform is not None:
             z = draws.transform.latents(z)
         return Outputs(
-            x_hat=self._decode(z).float(),
+            x_hat=self._decode(model, z).float(),
             mean=encoded.mean,
             logvar=encoded.logvar,
             bits=encoded.bits,
@@ -150,10 +154,15 @@ class AutoencoderModule(nn.Module):
             codes=encoded.codes,
         )
 
-    def _sampled(self, x: torch.Tensor, draws: Draws) -> _Encoded:
+    def _told(self, labels: torch.Tensor) -> LatentModel:
+        """Return the network under labels, (B,): one tensor for both parts, so what is hidden is hidden from both."""
+        assert isinstance(self._model, ConditionalKLModel)
+        return self._model.under(labels)
+
+    def _sampled(self, model: LatentModel, x: torch.Tensor, draws: Draws) -> _Encoded:
         """Encode to a posterior, and draw from it."""
         with self._encoding():
-            posterior = self._model.encode(x)
+            posterior = model.encode(x)
         mean, logvar = posterior.mean, posterior.logvar
         z = mean
         if logvar is not None and draws.posterior is not None:
@@ -191,9 +200,9 @@ class AutoencoderModule(nn.Module):
         """Whether latents become codebook vectors by now."""
         return self._coded is not None and all(bool(quantiser.started) for quantiser in self.quantisers)
 
-    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+    def _decode(self, model: LatentModel, z: torch.Tensor) -> torch.Tensor:
         if self._coded is None:
-            return self._model.decode(z)
+            return model.decode(z)
         return self._coded.decode_vectors(z)  # vectors already, to the bit
 
     @torch.no_grad()

@@ -1,8 +1,9 @@
 """The networks of a run, from a recipe with random weights, or from somebody's folder: diffusers' own classes.
 
-But for the VQ model of two levels, `codec.two_level.TwoLevelVQModel`, which diffusers has none for.
+But for those of `codec.adapters.OWN`, which diffusers has none for.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from codec import fsq
 from codec.codebook_model import CodebookModel
+from codec.conditional_kl import ConditionalAutoencoderKL
 from codec.errors import UsageError
 from codec.latent_model import LatentModel, load_network
 from codec.two_level import TwoLevelModel, TwoLevelVQModel
@@ -26,7 +28,9 @@ _TRAINED = (AutoencoderKL, AutoencoderTiny, VQModel, TwoLevelVQModel)
 _ANCHOR = 3.0  # in units of the content's deviation, about 1 at initialisation
 
 
-def build_network(config: ModelConfig, *, alpha: bool = True, vq: VQConfig | None = None) -> nn.Module:
+def build_network(
+    config: ModelConfig, *, alpha: bool = True, vq: VQConfig | None = None, classes: Sequence[str] = ()
+) -> nn.Module:
     """Build the autoencoder to train, in float32; frozen where only the decoder learns.
 
     Args:
@@ -34,6 +38,7 @@ def build_network(config: ModelConfig, *, alpha: bool = True, vq: VQConfig | Non
             `image_channels`; else the weights are random (torch's default generator).
         alpha: whether the fourth of four image channels is alpha; see `train.inflate`.
         vq: of the quantiser of a VQ model; None = the defaults.
+        classes: names of those that encoder and decoder are told; empty = they are told nothing.
 
     Raises:
         ModelError: `init_from` is missing, damaged, or of a class that is not supported.
@@ -56,7 +61,7 @@ def build_network(config: ModelConfig, *, alpha: bool = True, vq: VQConfig | Non
     elif decoder_only(config):
         raise UsageError("model.trainable = decoder: the latents of which autoencoder? Set model.init_from=FOLDER")
     else:
-        network = _new_network(config, vq or VQConfig())
+        network = _new_network(config, vq or VQConfig(), classes)
     if decoder_only(config):
         freeze_encoder(network)
     return network
@@ -149,29 +154,42 @@ def checkpoint_activations(network: Any) -> None:
     network.enable_gradient_checkpointing()
 
 
-def _new_network(config: ModelConfig, vq: VQConfig) -> nn.Module:
+def _new_network(config: ModelConfig, vq: VQConfig, classes: Sequence[str]) -> nn.Module:
     if config.family == "vq":
         return _vq_network(config, vq)
-    return _tiny_network(config) if config.family == "tiny" else _kl_network(config)
+    return _tiny_network(config) if config.family == "tiny" else _kl_network(config, classes)
 
 
-def _kl_network(config: ModelConfig) -> nn.Module:
+def _common_fields(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "block_out_channels": config.block_out_channels,
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
+        "norm_num_groups": config.norm_num_groups,
+        "mid_block_add_attention": config.mid_block_add_attention,
+    }
+
+
+def _kl_network(config: ModelConfig, classes: Sequence[str]) -> nn.Module:
+    """An AutoencoderKL, or with classes a ConditionalAutoencoderKL."""
     n = len(config.block_out_channels)
-    network = AutoencoderKL(
-        block_out_channels=config.block_out_channels,
-        down_block_types=("DownEncoderBlock2D",) * n,
-        up_block_types=("UpDecoderBlock2D",) * n,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        in_channels=config.image_channels,
-        out_channels=config.image_channels,
-        norm_num_groups=config.norm_num_groups,
-        mid_block_add_attention=config.mid_block_add_attention,
-        use_quant_conv=config.use_quant_conv,
-        use_post_quant_conv=config.use_quant_conv,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
+    fields: dict[str, Any] = {
+        **_common_fields(config),
+        "use_quant_conv": config.use_quant_conv,
+    }
+    if classes:
+        network = ConditionalAutoencoderKL(**fields, classes=list(classes))
+    else:
+        network = AutoencoderKL(
+            **fields,
+            down_block_types=("DownEncoderBlock2D",) * n,
+            up_block_types=("UpDecoderBlock2D",) * n,
+            use_post_quant_conv=config.use_quant_conv,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+        )
     if config.init == "linear":
         initialize_linear(network)
     kl: nn.Module = network
@@ -182,13 +200,7 @@ def _vq_network(config: ModelConfig, vq: VQConfig) -> nn.Module:
     """A VQModel, or a TwoLevelVQModel, with random vectors, or with those of a lattice."""
     n = len(config.block_out_channels)
     fields: dict[str, Any] = {
-        "block_out_channels": config.block_out_channels,
-        "layers_per_block": config.layers_per_block,
-        "latent_channels": config.latent_channels,
-        "in_channels": config.image_channels,
-        "out_channels": config.image_channels,
-        "norm_num_groups": config.norm_num_groups,
-        "mid_block_add_attention": config.mid_block_add_attention,
+        **_common_fields(config),
         "num_vq_embeddings": vq.codebook_size,
         "vq_embed_dim": vq.dim(config.latent_channels),
         "scaling_factor": 1.0,
@@ -250,7 +262,7 @@ def _initialize_tiny(network: AutoencoderTiny) -> None:
 
 
 @torch.no_grad()
-def initialize_linear(network: AutoencoderKL | VQModel | TwoLevelVQModel) -> None:
+def initialize_linear(network: AutoencoderKL | VQModel | TwoLevelVQModel | ConditionalAutoencoderKL) -> None:
     """Start as a nearly linear pyramid that carries absolute brightness from end to end.
 
     torch's default shrinks the path that carries the image by 0.58 at every convolution on it, so what the decoder sees

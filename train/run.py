@@ -17,6 +17,7 @@ from train.autoencoder import AutoencoderTask
 from train.averaging import averaged
 from train.checkpoint import Checkpoints, compare, load
 from train.config import Config
+from train.cvae.classes import check_same
 from train.data import split
 from train.feed import Feed
 from train.formats import Wanted, check_formats
@@ -54,10 +55,11 @@ def prepare(config: Config) -> Trainer:
         training, validation = _samples(config, quiet=not accelerator.is_main_process)
     set_seed(config.run.seed)
     task = AutoencoderTask(config, training, validation)
-    feed = Feed(config, training, task.f, accelerator.process_index, accelerator.num_processes)
+    feed = Feed(config, training, task.f, accelerator.process_index, accelerator.num_processes, task.classes)
     task.check_shapes(feed.shapes)
     trainer = Trainer(config, task, feed, accelerator)
     if state is not None:
+        check_same(state["task"].get("classes", ()), task.classes, "the run cannot go on")
         trainer.resume(state)
         set_aside_branches(trainer)
     return trainer
@@ -95,6 +97,7 @@ def export(folder: Path, out: Path | None = None, licence: str = "", wanted: Wan
     config = replace(config, run=replace(config.run, out=str(checkpoints.parent)))  # the folder may have moved
     config = replace(config, export=replace(config.export, formats=(), licence=licence or config.export.licence))
     task = AutoencoderTask(config, *_samples(config))
+    check_same(state["task"].get("classes", ()), task.classes, "its checkpoint cannot be exported with them")
     average = averaged(task.module, config.optim.ema_decay)
     average.load_state_dict(state["ema"])
     network = average.module.network

@@ -1,6 +1,6 @@
 """What an autoencoder does to the held-out images: mode reconstructions, never a sample, in float32."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,13 @@ import numpy as np
 import torch
 
 from codec import console, model_folder
-from codec.adapters import CodebookModel
+from codec.adapters import CodebookModel, ConditionalKLModel
 from codec.latent_model import latent_model
 from codec.pixels import to_float, to_uint8
 from codec.shards import SampleRef
 from eval.metrics import ms_ssim
+from train.config import DataConfig
+from train.cvae.measure import HeldClasses
 from train.data import whole_images
 from train.export import STATISTICS_SIDE
 from train.losses import ReconstructionLoss, kl_nats
@@ -25,7 +27,12 @@ _GRID = 6  # pictures in the grid
 
 
 def measure(
-    parts: AutoencoderModule, samples: Sequence[SampleRef], loss: ReconstructionLoss, side: int, device: torch.device
+    parts: AutoencoderModule,
+    samples: Sequence[SampleRef],
+    loss: ReconstructionLoss,
+    data: DataConfig,
+    device: torch.device,
+    held: HeldClasses | None = None,
 ) -> tuple[list[dict[str, Any]], np.ndarray | None]:
     """Reconstruct images and measure each of them.
 
@@ -33,27 +40,33 @@ def measure(
         parts: the network and, where there is one, its rate model.
         samples: what to measure; those that cannot be read are named and left out.
         loss: the reconstruction terms, which know the images' channels.
-        side: largest side of the centre crop, pixels.
+        data: how images become what is measured.
         device: where the network lies.
+        held: the classes that the network is told; None = it is told nothing.
 
     Returns:
         Rows of loss (the weighted reconstruction terms), psnr (dB, 8 bit) and what else `Channels.measured` gives,
         ms_ssim (sides > 160 only), perceptual (unweighted), kl_bits_per_pixel, and with a rate model bpp_q0 ...
-        bpp_q100: the estimated rate of the rounded latents; with a codebook codes, how often each vector was chosen.
-        And a picture, originals above their reconstructions, or None.
+        bpp_q100: the estimated rate of the rounded latents; with a codebook codes, how often each vector was chosen;
+        with classes what `HeldClasses.compared` gives. And a picture, originals above their reconstructions, or None.
     """
     model, channels = latent_model(parts.network), loss.channels
     rows: list[dict[str, Any]] = []
     columns: list[np.ndarray] = []
     bad: list[tuple[str, str]] = []
     with torch.inference_mode():
-        for _, image in whole_images(samples, side, model.f, bad, channels.count):
+        for sample, image in _held_out(samples, data, model.f, bad, channels.count):
             x = to_float(image)[None].to(device)
-            posterior = model.encode(x)
-            decoded = model.decode(posterior.mean).float()
+            told = model.under(sample.label) if isinstance(model, ConditionalKLModel) else model
+            posterior = told.encode(x)
+            decoded = told.decode(posterior.mean).float()
             x_hat = to_uint8(decoded[0])
             row: dict[str, Any] = {**channels.measured(image, x_hat), **_losses(loss, x, decoded)}
-            image, x_hat = channels.picture(image), channels.picture(x_hat)
+            column = [channels.picture(image), channels.picture(x_hat)]
+            if isinstance(model, ConditionalKLModel) and held is not None:
+                row |= held.compared(model, sample, image, x, posterior.mean, channels)
+                if len(columns) < _GRID:
+                    column += held.under_each(model, posterior.mean, channels)
             if posterior.logvar is not None:
                 nats = kl_nats(posterior.mean, posterior.logvar).sum() / model.f**2
                 row["kl_bits_per_pixel"] = float(nats) / float(np.log(2))
@@ -62,13 +75,25 @@ def measure(
                     row[f"{counts.prefix}codes"] = counts
             if parts.rate is not None:
                 row |= {f"bpp_q{q}": estimated_bpp(parts.rate, posterior.mean, model.f, q) for q in QUALITIES}
-            similarity = ms_ssim(image, x_hat)
+            similarity = ms_ssim(*column[:2])
             rows.append(row if similarity is None else {**row, "ms_ssim": similarity})
             if len(columns) < _GRID:
-                columns.append(np.concatenate([image, x_hat]))
+                columns.append(np.concatenate(column))
+        if isinstance(model, ConditionalKLModel) and held is not None and columns:
+            columns += held.drawn(model, data.crop, channels)
     for key, reason in bad:
         console.error(f"sample {key}: {reason} (left out of validation)")
     return rows, _side_by_side(columns) if columns else None
+
+
+def _held_out(
+    samples: Sequence[SampleRef], data: DataConfig, f: int, bad: list[tuple[str, str]], channels: int
+) -> Iterator[tuple[SampleRef, np.ndarray]]:
+    """Yield samples with their images as validation sees them."""
+    cover = data.crop if data.whole else 0
+    for sample in samples:
+        for _, image in whole_images([sample], data.validation_crop, f, bad, channels, cover):
+            yield sample, image
 
 
 def _losses(loss: ReconstructionLoss, x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, float]:

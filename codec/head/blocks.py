@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codec.head.config import WIDTH_UNIT, Space
+from codec.head.config import WIDTH_UNIT
 
 
 class Condition(nn.Module):
@@ -18,15 +18,16 @@ class Condition(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, space: Space, features: int) -> None:
-        """Build it.
+    def __init__(self, features: int, *, n_classes: int = 0, embedding_width: int = 0) -> None:
+        """Build it; what a condition is, see `codec.head.config.Space`.
 
         Args:
-            space: says what a condition is.
             features: of the vector.
+            n_classes: how many classes there are; 0 = an embedding, or nothing.
+            embedding_width: numbers of an embedding; 0 = a class, or nothing.
         """
         super().__init__()
-        self.n_classes, self.width = space.n_classes, space.embedding_width
+        self.n_classes, self.width = n_classes, embedding_width
         n_rows = 1 if self.width else self.n_classes + 1  # the last one stands for no condition
         self.table = nn.Parameter(torch.randn(n_rows, features))
         self.project = nn.Linear(self.width, features) if self.width else None

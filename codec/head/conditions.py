@@ -1,4 +1,4 @@
-"""What users give as conditions and numbers -> what a head's network takes. Imports torch alone.
+"""What users give as conditions and numbers -> what a conditional network takes. Imports torch alone.
 
 ["hat", 3, None], or embeddings (B, E) -> labels (B,) or embeddings, and which are none (B,)
 seed, number of an image, what for     -> a random generator
@@ -13,23 +13,22 @@ import torch
 from torch import Tensor
 
 from codec.errors import UsageError
-from codec.head.config import Space
 
 Conditions = Sequence[Any] | np.ndarray | Tensor | None
 """One of each image: name or number of its class, None = no condition; or embeddings, (B, E). None = none at all."""
 
 
 def conditions_of(
-    c: Conditions, n: int | None, space: Space, classes: Sequence[str], where: str
+    c: Conditions, n: int | None, classes: Sequence[str], where: str, embedding_width: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return conditions as a network takes them: classes (B,) or embeddings (B, E), and which are none, (B,) bool.
 
     Args:
         c: see `Conditions`.
         n: how many there have to be; None = as many as there are.
-        space: of the head.
-        classes: names of its labels 0, 1, ...
+        classes: names of the labels 0, 1, ...
         where: begins the message of an error.
+        embedding_width: numbers of an embedding; 0 = conditions are classes.
 
     Raises:
         UsageError: an unknown class, or embeddings of another width.
@@ -41,8 +40,8 @@ def conditions_of(
     if not found or (n is not None and len(found) != n):
         raise ValueError(f"conditions: {len(found)}, expected {n or '1 or more'}")
     hidden = torch.tensor([one is None for one in found])
-    if space.embedding_width:
-        rows = [_embedding(one, space.embedding_width, where) for one in found]
+    if embedding_width:
+        rows = [_embedding(one, embedding_width, where) for one in found]
         return torch.from_numpy(np.stack(rows)), hidden
     return torch.tensor([_label(one, classes, where) for one in found]), hidden
 

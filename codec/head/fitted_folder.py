@@ -22,7 +22,6 @@ from codec.engine import pick_device
 from codec.errors import ModelError, UsageError
 from codec.files import write_atomic
 from codec.head.conditions import conditions_of, generators
-from codec.head.config import Space
 from codec.head.folder import Origin
 from codec.head.second_stage import FittedPrior, restore
 from codec.shards import read_json
@@ -92,8 +91,7 @@ class StoredPrior:
         if len(numbers) != len(c):
             raise ValueError(f"numbers: {len(numbers)}, expected {len(c)}")
         n_classes = self.prior.n_classes
-        space = Space(channels=1, height=1, width=1, n_classes=n_classes)
-        labels, hidden = conditions_of(c, len(c), space, self.classes, str(self.folder))
+        labels, hidden = conditions_of(c, len(c), self.classes, str(self.folder))
         rngs = generators(seed, numbers, "fitted")
         device = next((each.device for each in self.prior.state_dict().values()), torch.device("cpu"))
         noise = np.stack([rng.standard_normal(self.prior.n_units, dtype=np.float32) for rng in rngs])

@@ -305,8 +305,8 @@ class Head:
         Raises:
             UsageError: see `conditions_of`; or one is none, of a head that does not know what that is.
         """
-        space, where = self.network.space, str(self.stored.folder)
-        found, hidden = conditions_of(c, n, space, self.classes, where)
+        width, where = self.network.space.embedding_width, str(self.stored.folder)
+        found, hidden = conditions_of(c, n, self.classes, where, width)
         if bool(hidden.any()):
             self.stored.require_none("no condition")
         return found.to(self.device), hidden.to(self.device)

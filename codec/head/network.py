@@ -102,7 +102,7 @@ class ConditionalHead(nn.Module):
         features = 2 * config.width
         self.register_buffer("shift", torch.zeros(space.channels))
         self.register_buffer("scale", torch.ones(space.channels))
-        self.condition = Condition(space, features)
+        self.condition = Condition(features, n_classes=space.n_classes, embedding_width=space.embedding_width)
         self.encoder = Encoder(config, space, features)
         self.top_down = TopDown(config, space, features)
         self.second = Second(config, space, features) if config.levels == 2 else None

@@ -21,6 +21,7 @@ from codec.pixels import to_float
 from codec.rectified_flow import bound_times, density_bound, training_times
 from eval.draws import generator
 from train.denoiser_feed import LatentSet
+from train.draws import differing
 from train.head.config import HeadConfig
 from train.head.latents import HeadData
 from train.head.objectives import unit_report
@@ -58,7 +59,8 @@ class Held:
         """Return the held-out part of a head's data."""
         held = data.held_out
         z = torch.stack([held.one(n, seed) for n in range(len(held))])
-        other = [_other(held.labels, n, generator(seed, key, "other")) for n, key in enumerate(held.keys)]
+        labels = held.labels.numpy()
+        other = [differing(labels, n, generator(seed, key, "other")) for n, key in enumerate(held.keys)]
         return cls(latents=held, z=z, data=data, other=other, seed=seed)
 
     def conditions(self, chosen: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -76,11 +78,6 @@ class Held:
     def uniform(self, chosen: Sequence[int], purpose: str) -> Tensor:
         """Return a number in [0, 1) of each of some samples."""
         return torch.tensor([generator(self.seed, self.latents.keys[n], purpose).random() for n in chosen])
-
-
-def _other(labels: Tensor, n: int, rng: np.random.Generator) -> int:
-    differing = torch.nonzero(labels != labels[n]).flatten()
-    return int(differing[int(rng.integers(len(differing)))]) if len(differing) else n
 
 
 @dataclass

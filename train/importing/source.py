@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from codec import model_folder, original_layout
+from codec.adapters import ADAPTERS, OWN
 from codec.errors import ModelError, UsageError
-from codec.latent_model import ADAPTERS
 from codec.original_layout_config import infer_config
 from codec.original_layout_find import Found, find
 from codec.original_layout_tiny import tiny_config, tiny_names
-from codec.two_level import TwoLevelVQModel
 from train.importing.files import SUFFIXES, Weights, open_weights, weights_in
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -233,7 +232,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file}: cannot be read: {exception.strerror}") from exception
     except (ValueError, KeyError, TypeError) as exception:
         raise ModelError(f"{file}: not a config of diffusers: {type(exception).__name__}: {exception}") from exception
-    known = {one.__name__ for one in ADAPTERS if one is not TwoLevelVQModel}  # which has no other home to come from
+    known = {one.__name__ for one in ADAPTERS if one not in OWN}  # which have no other home to come from
     if kind not in known:
         raise ModelError(f"{file}: a model of class {kind}; expected {', '.join(sorted(known))}")
     return dict(config)

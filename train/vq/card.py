@@ -6,7 +6,7 @@ from typing import Any
 from codec.codebook_model import CodebookModel
 from codec.index_maps import IndexMap
 from codec.latent_model import TwoLevelModel, latent_model
-from train.card import image_lines, inline, last_parts, start_line
+from train.card import last_parts, training_lines
 from train.card_sections import licence_id, licence_lines
 from train.config import Config
 from train.vq.usage import ENOUGH_TOKENS
@@ -31,7 +31,7 @@ def codebook_card(info: Mapping[str, Any], config: Config, network: Any, figures
     """
     model = latent_model(network)
     assert isinstance(model, CodebookModel)
-    record, levels, two = info["training"], network.config.get("fsq_levels"), isinstance(model, TwoLevelModel)
+    levels, two = network.config.get("fsq_levels"), isinstance(model, TwoLevelModel)
     lines = [
         "---",
         f"library_name: {'latent-codec' if two else 'diffusers'}",
@@ -43,18 +43,7 @@ def codebook_card(info: Mapping[str, Any], config: Config, network: Any, figures
         f"{_shape(model)}, widths {', '.join(map(str, network.config.block_out_channels))}; trained with latent-codec.",
         "",
         *(_two_level_example() if two else _fsq_example(levels) if levels else _example()),
-        "## Training",
-        "",
-        f"- data: {record['data']}; licence: {config.export.data_licence or 'not stated'}",
-        f"- {record.get('images_seen', 'n/a')} images seen in {record.get('steps', 'n/a')} steps, "
-        f"{record.get('time_s', 0) / 60:.1f} minutes",
-        f"- {start_line(config)}",
-        *image_lines(config),
-        f"- loss: {record.get('losses', 'n/a')}" + ("" if config.adversarial.weight else "; no discriminator"),
-        f"- AdamW, lr {config.optim.lr:g}, {config.optim.schedule}; these are the averaged weights (EMA "
-        f"{config.optim.ema_decay:g} per step)",
-        f"- validation (held-out centre crops, 8 bit): {inline(record.get('validation', {}))}",
-        "",
+        *training_lines(info, config, "quantised"),
         "## Codebook",
         "",
         f"- quantiser: {_quantiser(info, config, levels)}",

@@ -22,7 +22,7 @@ from codec.adapters import CodebookModel
 from codec.adopt import MeasuredIndices, measure_indices
 from codec.errors import UsageError
 from codec.files import write_atomic
-from codec.latent_model import latent_model
+from codec.latent_model import decoder_id, latent_model
 from codec.pixels import to_float, to_uint8
 from codec.runtime import Codec
 from codec.shards import SampleRef
@@ -85,7 +85,7 @@ def export_codebook_model(
     model = _model(network)  # with the new normalisation
     info = model_info(model, config, record, (len(training), len(validation)))
     info |= {**model_folder.state_maps(model.maps), "quantiser": _quantiser(model, config)}
-    info |= {"statistics": measured.summary.to_json(), **measured.about()}
+    info |= {"decoder_id": decoder_id(network), "statistics": measured.summary.to_json(), **measured.about()}
     _store(out, config, model, measured, info, coded=image.plain)
     figures = _figures(model, out, validation, image, bad) | {"n_bad_samples": len(bad)}
     figures["static_bpp"] = _static_bpp(measured, figures.pop("counts"), model.f)
