@@ -54,8 +54,12 @@ def fit_command(
         int, typer.Option(min=1, help="Gaussians of a mixture; of each class with --per-class.")
     ] = 16,
     strength: Annotated[
-        float, typer.Option(help="Vectors that a diagonal covariance counts as, in each Gaussian; above 0.")
-    ] = 10.0,
+        float | None,
+        typer.Option(
+            help="Vectors that a diagonal covariance counts as, in each Gaussian; above 0.",
+            show_default="as many as a vector has numbers",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a flow's training, at most.")] = 5000,
     flow_steps: Annotated[int, typer.Option(min=1, help="Maps that a flow is made of.")] = 8,
     width: Annotated[int, typer.Option(min=1, help="Of a flow's hidden layers.")] = 128,

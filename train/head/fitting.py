@@ -31,8 +31,9 @@ class MixtureConfig:
     """K; of each class where `per_class` is set."""
     per_class: bool = False
     """Fit every class by itself; else the classes share their components and have weights of their own."""
-    strength: float = 10.0
-    """Vectors that the prior of each covariance counts as: the larger, the nearer it stays to a diagonal one."""
+    strength: float | None = None
+    """Vectors that the prior of each covariance counts as: the larger, the nearer it stays to a diagonal one. None = d,
+    as many as a vector has numbers."""
     iterations: int = 200
     """Rounds of EM at most."""
     tolerance: float = 1e-4
@@ -42,7 +43,8 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         require(self.components >= 1, "components", self.components, ">= 1")
-        require(0 < self.strength < math.inf, "strength", self.strength, "> 0")
+        if self.strength is not None:
+            require(0 < self.strength < math.inf, "strength", self.strength, "> 0")
         require(self.iterations >= 1, "iterations", self.iterations, ">= 1")
         require(self.tolerance >= 0, "tolerance", self.tolerance, ">= 0")
 
@@ -139,11 +141,12 @@ def _em(x: Tensor, y: Tensor, n_rows: int, config: MixtureConfig, generator: tor
     within = within.clamp_min(_LEAST_DEVIATION**2).maximum(_LEAST_SHARE * x.var(0, correction=0))
     mixture = _Mixture(x.new_zeros(n_rows, n_components), centres, within.sqrt().diag().repeat(n_components, 1, 1), [])
     rows = _one_hot(y, n_rows)
+    strength = float(x.shape[1]) if config.strength is None else config.strength
     for _ in range(config.iterations):
-        _maximise(mixture, x, rows, share, within, config.strength)
+        _maximise(mixture, x, rows, share, within, strength)
         joint = component_log_probs(x, mixture.means, mixture.cholesky) + mixture.weights.log()[y]
         of_each = joint.logsumexp(1)
-        mixture.trace.append(float(of_each.mean() + _covariance_prior(mixture, within, config.strength) / len(x)))
+        mixture.trace.append(float(of_each.mean() + _covariance_prior(mixture, within, strength) / len(x)))
         if len(mixture.trace) > 1 and mixture.trace[-1] - mixture.trace[-2] < config.tolerance:
             break
         share = (joint - of_each[:, None]).exp()
