@@ -94,6 +94,9 @@ def test_the_stratified_density_is_without_bias_over_all_batches() -> None:
             batch = [*others[:place], 0, *others[place:]]
             estimates.append((weights[place] * densities[batch]).sum())
         torch.testing.assert_close(torch.stack(estimates).mean(), densities.mean())
+    # Of all samples at once it is no estimate: the order does not matter, and q(u) is the mean over the data.
+    exact = log_sample_weights(n_data, n_data, "stratified").double().exp()
+    torch.testing.assert_close(exact, torch.full((n_data, n_data), 1 / n_data, dtype=torch.float64))
 
 
 def test_units_that_say_the_same_have_total_correlation_and_independent_ones_none() -> None:

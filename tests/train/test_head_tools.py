@@ -20,7 +20,8 @@ from eval.class_folders import listed, read_photos, side_of
 from eval.protocol import folder_of
 from tests.conftest import photo
 from train.cli import main
-from train.head.anomaly import auroc, elbo_bits, latent_errors
+from train.head import tools
+from train.head.anomaly import auroc, elbo_bits, expected, latent_errors
 from train.head.latent_walk import Spread, along, between, combined, effects, linear, spherical
 
 SPACE = Space(channels=4, height=8, width=8, n_classes=2)
@@ -162,6 +163,30 @@ def test_scores_belong_to_the_image_and_rank_what_is_far(decoder: str, folders: 
         assert elbo_bits(head, z[:1], [None], 1)[0] == pytest.approx(nats / 256 / np.log(2) + 1 / 4, rel=1e-5)
 
 
+def exact_velocity(deviation: float) -> Callable[..., torch.Tensor]:
+    """The best velocity where p(z|u, c) = N(0, deviation^2), whatever u and c."""
+
+    def velocity(z_t: torch.Tensor, t: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+        t = t[:, None, None, None]
+        z = z_t * (1 - t) * deviation**2 / ((1 - t) ** 2 * deviation**2 + t**2)
+        return (z_t - z) / t
+
+    return velocity
+
+
+def test_the_error_of_a_flow_matching_head_is_that_of_its_mean_not_of_a_draw(folders: dict[str, Path]) -> None:
+    head = Head.load(folders["flow"], "cpu")
+    head.network._velocity = exact_velocity(0.5)  # type: ignore[method-assign]
+    standardised = 0.5 * torch.randn(40, *SPACE.shape, generator=torch.Generator().manual_seed(0))
+    standardised[20:] *= 1.1
+    z, c, outlier = head.network.restored(standardised), [None] * 40, [False] * 20 + [True] * 20
+    mean = latent_errors(head, z, expected(head, z, c, 2))
+    np.testing.assert_allclose(mean, standardised.square().mean((1, 2, 3)), rtol=1e-4)
+    drawn = latent_errors(head, z, head.reconstruct(z, c, numbers=[0] * 40))
+    assert drawn[:20].mean() > 1.8 * mean[:20].mean()
+    assert auroc(mean, outlier) > auroc(drawn, outlier) + 0.02
+
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +290,12 @@ def test_anomaly_scores_images_in_three_ways(
     assert [row["outlier"] for row in known["images"]] == [False] * 4 + [True] * 2
     assert known["auroc"]["feature_distance"] is None
     assert "feature_distance: n/a" in capsys.readouterr().err
+    _, about = run("anomaly", folders["photos"], "--draws", 2, name="c", head="flow")
+    head, engine = Head.load(folders["flow"], "cpu"), Engine.load(folders["model"], EngineConfig(device="cpu"))
+    photos = tools.read_images([folders["photos"]], head.size, [])
+    z = head.latents([each.pixels for each in photos], engine)
+    errors = latent_errors(head, z, expected(head, z, [None] * 6, 2))
+    np.testing.assert_allclose([row["latent_error"] for row in about["images"]], errors, rtol=1e-3)
 
 
 def test_features_are_the_units_with_their_names(run: Callable[..., Any], folders: dict[str, Path]) -> None:

@@ -1,8 +1,8 @@
 """How unusual an image is to a head: its latents' reconstruction, its ELBO, its reconstruction's features.
 
-    z, c -> units -> z_hat               -> latent_error: mean square of standardised z - z_hat
-    z, c -> draws of q(u|z, c)           -> elbo_bits: the ELBO with its sign turned, in bits per number of a latent
-    images of z and z_hat -> a network   -> feature_distance: Euclidean
+    z, c -> units -> mean of p(z|u, c)       -> latent_error: mean square of what standardised z differs by
+    z, c -> draws of q(u|z, c)               -> elbo_bits: the ELBO with its sign turned, bits per number of a latent
+    images of z and a reconstruction -> a network -> feature_distance: Euclidean
 
 The higher, the more unusual. What is random is the same for all images. Imports torch.
 """
@@ -80,6 +80,26 @@ def elbo_bits(head: Head, z: Tensor, c: Sequence[Any], n_draws: int, seed: int =
             kl = sum(part.flatten(1).double().sum(1) for part in out.kl)
             total[at] += (nats.double() + kl / network.space.n).cpu().numpy()
     return (total / n_draws + network.log_volume()) / math.log(2)
+
+
+def expected(head: Head, z: Tensor, c: Sequence[Any], n_draws: int, seed: int = 0) -> Tensor:
+    """Return the mean of p(z|u, c) at the middle u of q(u|z, c), (B, D, h, w) normalized.
+
+    What a flow-matching decoder draws has an error of its own, as large as that of z in an image that is not unusual.
+    Its mean is what one step from noise leads to, E[z|u, c] = noise - velocity at t = 1 (`codec.rectified_flow.mix`):
+    from any noise the same, were the network exact.
+
+    Args:
+        head: of these latents.
+        z: (B, D, h, w) normalized.
+        c: a condition for each.
+        n_draws: of that noise, whose mean is taken; the same for all images.
+        seed: of it.
+    """
+    units = head.encode(z, c)
+    draws = range(1 if head.network.config.decoder == "gaussian" else n_draws)
+    total = sum(head.decode(units, c, seed=seed, numbers=[number] * len(z), steps=1) for number in draws)
+    return torch.as_tensor(total) / len(draws)
 
 
 def latent_errors(head: Head, z: Tensor, z_hat: Tensor) -> np.ndarray:

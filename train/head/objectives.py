@@ -95,9 +95,11 @@ def log_sample_weights(n_batch: int, n_data: int, sampling: str) -> Tensor:
     """Return logarithms of the weights with which densities of a batch estimate q(u_i), (B, B) float32.
 
     weighted: 1 / (N B) each; arXiv:1802.04942 eq. S3: too small by far, for u_i has its own sample in every batch.
-    stratified: 1 / N for its own sample, and (N - 1) / N shared by the others; eq. S4, with B = M + 1: M - 1 of them
-    have 1 / M, one has the rest. The density is without bias over batches drawn without replacement (we do not take
-    over the index error of the authors' code, which gives the 1 / N to the first sample of the batch).
+    stratified: 1 / N for its own sample, and (N - 1) / N shared by the others; eq. S4, with B = M + 1, whose weights
+    of the others, 1 / M but for one of them, are replaced by their mean: none is special, and with B = N the density
+    is exact. It is without bias over batches drawn without replacement (the authors' code gives the 1 / N to the first
+    sample of the batch, an index error). Its logarithm is not: of few samples the joint density is estimated lower
+    than the product, and the total correlation of units that are nearly independent comes out below 0.
 
     Args:
         n_batch: B.
@@ -108,11 +110,9 @@ def log_sample_weights(n_batch: int, n_data: int, sampling: str) -> Tensor:
     if sampling == "weighted":
         return torch.full((n_batch, n_batch), -math.log(n_data * n_batch))
     require(sampling == "stratified", "sampling", sampling, '"stratified" or "weighted"')
-    m = n_batch - 1
-    weights = torch.full((n_batch, n_batch), 1 / m, dtype=torch.float64)
-    own = torch.arange(n_batch)
-    weights[own, own] = 1 / n_data
-    weights[own, (own + 1) % n_batch] = (n_data - m) / (n_data * m)
+    own = torch.eye(n_batch, dtype=torch.bool)
+    weights = torch.full((n_batch, n_batch), (n_data - 1) / (n_data * (n_batch - 1)), dtype=torch.float64)
+    weights[own] = 1 / n_data
     return weights.log().float()
 
 

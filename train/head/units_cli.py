@@ -41,7 +41,9 @@ def anomaly_command(
         bool, typer.Option("--labels", help="Folders are classes: outliers are those that the head does not know.")
     ] = False,
     asked: tools.As = ANY,
-    draws: Annotated[int, typer.Option(min=1, help="Of each posterior, for the ELBO.")] = 16,
+    draws: Annotated[
+        int, typer.Option(min=1, help="Of each posterior, for the ELBO; of a flow-matching decoder's noise.")
+    ] = 16,
     backbones: Annotated[
         Path | None,
         typer.Option(
@@ -60,7 +62,7 @@ def anomaly_command(
 ) -> int:
     """Score how unusual images are to a head, in three ways: anomaly.json, anomaly.csv, extremes.png.
 
-    latent_error: of the reconstruction, in latents; elbo_bits: a bound of -log2 p(z|c) per number of a latent;
+    latent_error: of the decoder's mean, in latents; elbo_bits: a bound of -log2 p(z|c) per number of a latent;
     feature_distance: between an image through the codec and its reconstruction. With labels the AUROC of each score.
 
     Example: codec-train head anomaly runs/head photos -m runs/first/model -o unusual --outlier shoe
@@ -69,7 +71,7 @@ def anomaly_command(
 
     from eval.results import write_json
     from eval.sheet import sheet
-    from train.head.anomaly import SCORES, elbo_bits, feature_distances, latent_errors
+    from train.head.anomaly import SCORES, elbo_bits, expected, feature_distances, latent_errors
 
     both = tools.open_both(head, model, device, flow_steps)
     condition = both.condition(asked, "--as")
@@ -82,7 +84,7 @@ def anomaly_command(
     z_hat = both.head.reconstruct(z, c, seed=seed, numbers=[0] * n)
     remade = both.images(z_hat)
     found: dict[str, Any] = dict.fromkeys(SCORES)
-    found["latent_error"] = latent_errors(both.head, z, z_hat)
+    found["latent_error"] = latent_errors(both.head, z, expected(both.head, z, c, draws, seed))
     found["elbo_bits"] = elbo_bits(both.head, z, c, draws, seed)
     if looked is not None:
         found["feature_distance"] = feature_distances(looked, both.images(z), remade)
