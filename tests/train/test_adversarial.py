@@ -110,7 +110,7 @@ def test_the_objective_has_the_gradient_of_the_sum_of_the_weighted_losses(shards
     task.generator_step(trainer.generator.module, batch, where()).objective.backward()
     surrogate = {name: p.grad.clone() for name, p in task.module.named_parameters()}
     task.module.zero_grad()
-    outputs = task.module(batch["image"], task._draw(batch["image"], where()))
+    outputs = task.module(batch["image"], task._draw(batch["image"], None, where()))
     s = task.module.log_scale
     plain = sum(task.loss(batch["image"], outputs.x_hat).values()) * torch.exp(-s) + s
     plain = plain + 0.5 * -task.critic(outputs.x_hat).mean()
@@ -232,7 +232,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_layer_cap
     task, batch = trainer.task, batch_of(trainer)
     weight = task.module.network.decoder.conv_out.weight
     position = trainer._where(0)
-    outputs = task.module(batch["image"], task._draw(batch["image"], position))
+    outputs = task.module(batch["image"], task._draw(batch["image"], None, position))
     norms = [
         float(torch.autograd.grad(loss, weight, retain_graph=True)[0].norm())
         for loss in (sum(task.loss(batch["image"], outputs.x_hat).values()), -task.critic(outputs.x_hat).mean())

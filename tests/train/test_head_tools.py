@@ -291,7 +291,10 @@ def test_anomaly_scores_images_in_three_ways(
     assert known["auroc"]["feature_distance"] is None
     assert "feature_distance: n/a" in capsys.readouterr().err
     _, about = run("anomaly", folders["photos"], "--draws", 2, name="c", head="flow")
-    head, engine = Head.load(folders["flow"], "cpu"), Engine.load(folders["model"], EngineConfig(device="cpu"))
+    head, engine = (
+        Head.load(folders["flow"], "cpu"),
+        Engine.load(folders["model"], EngineConfig(device="cpu", dtype="float32")),
+    )
     photos = tools.read_images([folders["photos"]], head.size, [])
     z = head.latents([each.pixels for each in photos], engine)
     errors = latent_errors(head, z, expected(head, z, [None] * 6, 2))

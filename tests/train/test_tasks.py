@@ -137,14 +137,14 @@ def test_noise_reaches_the_decoder_at_its_strength(shards: Path, tmp_path: Path)
     made = tiny_trainer(shards, tmp_path / "r", "latents.noise=0.5", "run.n_images=4000")
     steps(made, 3)
     batch = next(made.feed.batches(0.0, 0))
-    draws = made.task._draw(batch["image"], replace(made._where(0), positions=range(200)))
+    draws = made.task._draw(batch["image"], None, replace(made._where(0), positions=range(200)))
     z = made.task.module._model.encode(batch["image"]).mean
     strength = draws.noise_deviation / made.task._scale.deviation
     assert made.task._scale.deviation == pytest.approx(float(z.detach().std()), rel=0.5)
     assert 0.45 < float(strength.max()) <= 0.5
     assert float(strength.mean()) == pytest.approx(0.25, abs=0.03)  # uniform
-    quiet = made.task.module(batch["image"], replace(made.task._draw(batch["image"], made._where(0)), noise=None))
-    noisy = made.task.module(batch["image"], made.task._draw(batch["image"], made._where(0)))
+    quiet = made.task.module(batch["image"], replace(made.task._draw(batch["image"], None, made._where(0)), noise=None))
+    noisy = made.task.module(batch["image"], made.task._draw(batch["image"], None, made._where(0)))
     assert not torch.equal(quiet.x_hat, noisy.x_hat)
     assert torch.equal(quiet.mean, noisy.mean)
 
@@ -153,14 +153,14 @@ def test_equivariance_turns_the_target_with_the_latents(shards: Path, tmp_path: 
     made = tiny_trainer(shards, tmp_path / "r", "latents.equivariance=1", "loss.perceptual=none")
     batch = next(made.feed.batches(0.0, 0))
     position = made._where(0)
-    draws = made.task._draw(batch["image"], position)
+    draws = made.task._draw(batch["image"], None, position)
     terms = made.task.generator_step(made.generator.module, batch, position)
     target, x_hat = terms.carry
     assert target.shape == x_hat.shape
     assert torch.equal(target, draws.transform.image(batch["image"], 2))
     assert not torch.equal(target, batch["image"])
     off = tiny_trainer(shards, tmp_path / "2", "latents.equivariance=0.5")
-    drawn = [off.task._draw(batch["image"], replace(position, positions=range(k, k + 4))) for k in range(60)]
+    drawn = [off.task._draw(batch["image"], None, replace(position, positions=range(k, k + 4))) for k in range(60)]
     assert 15 < sum(d.transform is not None for d in drawn) < 45
 
 

@@ -112,13 +112,6 @@ class HeadConfig:
             require(self.optim.batch_size >= 4, "optim.batch_size", self.optim.batch_size, ">= 4 of this objective")
 
     @property
-    def correlation_weight(self) -> float:
-        """Weight of the first level's total correlation beside what the KL has of it."""
-        objective = self.objective
-        beyond = {"beta": 0.0, "tcvae": objective.total_correlation - 1, "factor": objective.total_correlation}
-        return objective.beta * beyond[objective.kind]
-
-    @property
     def adversarial(self) -> AdversarialConfig:
         """How the critic of `objective.kind` factor learns; not looked at without one."""
         return AdversarialConfig(lr=self.objective.critic_lr, betas=(0.5, 0.9))

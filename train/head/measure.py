@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from codec.engine import Engine
-from codec.head.gaussian import Gaussian
 from codec.head.network import ConditionalHead, Drawing, Noise
 from codec.pixels import to_float
 from codec.rectified_flow import bound_times, density_bound, training_times
@@ -25,12 +24,10 @@ from train.denoiser_feed import LatentSet
 from train.draws import differing
 from train.head.config import HeadConfig
 from train.head.latents import HeadData
-from train.head.objectives import decompose, unit_report
+from train.head.objectives import unit_report
 
 RECONSTRUCTED = 48
 """Held-out samples that are reconstructed; the first ones."""
-CORRELATED = 500
-"""Held-out samples whose units' total correlation is taken, of each with all others; the first ones."""
 STEPS = 8
 """Of a flow-matching decoder, in validation."""
 _TIMES = 2  # at which a flow-matching decoder is looked at, of training and of the bound each
@@ -131,32 +128,6 @@ class ConditionTally:
         return found
 
 
-@dataclass
-class CorrelationTally:
-    """The loss of some samples, of which the total correlation of their units, (n, U), or those of less, is a part; see
-    `train.task.Tally`."""
-
-    loss: np.ndarray
-    u: Tensor
-    posterior: Gaussian
-    weight: float
-    n_data: int
-
-    def __add__(self, other: "CorrelationTally") -> "CorrelationTally":
-        loss, u = np.concatenate([self.loss, other.loss]), torch.cat([self.u, other.u])
-        parts = ((getattr(each.posterior, name) for each in (self, other)) for name in ("mean", "logvar"))
-        posterior = Gaussian(*(torch.cat(list(part)) for part in parts))
-        return CorrelationTally(loss, u, posterior, self.weight, self.n_data)
-
-    def figures(self) -> dict[str, float]:
-        """Return the total correlation in nats, of the samples as of one batch, and the loss with it."""
-        loss = float(self.loss.mean())
-        if len(self.u) < 2:
-            return {"loss": loss}
-        found = decompose(self.u, self.posterior, max(self.n_data, len(self.u))).total_correlation.item()
-        return {"loss": loss + self.weight * found, "total_correlation": found}
-
-
 def _db(ratio: float) -> float:
     return 10 * math.log10(max(ratio, _SMALLEST))
 
@@ -184,8 +155,7 @@ def measure(
         draw: reconstruct the first ones, and draw some.
 
     Returns:
-        A row for each: "loss" (error + beta KL / (D h w), no free bits; with objective.kind tcvae or factor and the
-        total correlation's weight, see `CorrelationTally`, but not after a flow), "error"; "bits", an
+        A row for each: "loss" (error + beta KL / (D h w), no free bits, no total correlation), "error"; "bits", an
         upper bound of -log2 p(z|c) in bits per number of a normalized latent, "marginal_bits" of Gaussians with the
         training's moments by channel, "gain_bits" of the former over the latter; "kl" in nats, of a second level
         "kl_1" and "kl_2" apart, "kl_other" of the first level to the prior under another condition, where that is
@@ -243,13 +213,6 @@ def _predicted(
         both = (part.flatten(1).double().cpu().numpy() for part in (posterior.mean, kl))
         for row, mean, nats in zip(rows, *both, strict=True):
             row[f"units{suffix}"] = UnitTally(mean[None], nats[None], config.objective.active_nats, suffix)
-    if config.correlation_weight and config.head.posterior == "gaussian":
-        u, q = out.units[0].cpu(), out.posteriors[0]
-        mean, logvar = q.mean.cpu(), q.logvar.cpu()
-        for k, row in enumerate(rows):
-            own, one = np.array([row["loss"]]), slice(k, k + (chosen[k] < CORRELATED))
-            weight, n_data = config.correlation_weight / n, len(held.data.training)
-            row["loss"] = CorrelationTally(own, u[one], Gaussian(mean[one], logvar[one]), weight, n_data)
     return rows
 
 
