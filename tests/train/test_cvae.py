@@ -241,6 +241,7 @@ def test_the_folder_loads_again_and_gives_what_was_trained(run: Path, classed: P
 RESUMED = ["run.n_images=16", "run.checkpoint_every=8", "run.keep_last=9", "data.n_validation=2"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_it_would_have_and_notices_other_classes(
     classed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -237,6 +237,7 @@ def test_a_head_of_embeddings_gets_an_unconditional_prior(
 # --- evaluate -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bounds_of_a_head_agree_with_its_closed_form_and_tighten_with_draws(there: dict[str, Path]) -> None:
     head = Head.load(there["gaussian"], "cpu")  # of two levels
     z = torch.randn(5, *SPACE.shape, generator=torch.Generator().manual_seed(0))

@@ -106,6 +106,7 @@ def test_every_held_out_sample_counts_once_over_ranks(two_ranks: Path, one_proce
     assert {"raw_psnr", "psnr", "loss", "bpp_q50"} <= a.keys()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_of_them_after_a_checkpoint(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "r"
     script = (
