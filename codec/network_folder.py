@@ -34,12 +34,14 @@ class FolderKind:
         version: of the folder, which has to be this one.
         about: name of the JSON.
         weights: name of the safetensors file.
+        made_by: what writes such folders, for messages.
     """
 
     name: str
     version: int
     about: str
     weights: str
+    made_by: str = "codec-train run writes to RUN/model"
 
     @property
     def kind(self) -> str:
@@ -69,7 +71,7 @@ class FolderKind:
         """
         folder = path if self.is_at(path) or not self.is_at(path / "model") else path / "model"
         if not self.is_at(folder):
-            expected = f"expected {self.about} of {self.kind}, as codec-train run writes to RUN/model"
+            expected = f"expected {self.about} of {self.kind}, as {self.made_by}"
             raise ModelError(f"{path}: no {self.name} here ({expected})")
         about = read_json(folder / self.about)
         if about.get("version") != self.version:

@@ -140,6 +140,11 @@ class DataConfig:
     """The run stops when more than this share of the samples read could not be used (and more than 10)."""
 
     @property
+    def cover(self) -> int:
+        """Side of the square that whole images just cover, pixels; 0 = images are not resized."""
+        return self.crop if self.whole else 0
+
+    @property
     def sides(self) -> tuple[int, ...]:
         """All sides of crops that a run takes, pixels (with aspect buckets: of squares of the same area)."""
         return (*(self.crops or (self.crop,)), *([self.final_crop] if self.final_crop else []))

@@ -93,8 +93,7 @@ def export_model(
         ModelError: the folder, loaded again, gives something else than the network.
     """
     model, image = latent_model(network), Channels.of(config.model.image_channels, config.data.samples)
-    order = np.random.default_rng(0).permutation(len(training))[: config.export.statistics_images]
-    samples = [training[i] for i in order]
+    samples = statistics_samples(training, config)
     bad: list[tuple[str, str]] = []
     fit = PreviewFit(model.channels)
     measured = _measure(model, samples, bad, step, image, fit)
@@ -105,11 +104,7 @@ def export_model(
     _set_scaling(network, config, measured, keep)
     model = latent_model(network)  # with the new normalisation
     preview = _preview(fit, model, mean_as_trained - measured.summary.mean)
-    real = [each for _, each in whole_images(samples[:MAX_IMAGES], MAX_SIDE, model.f, [], image.count)]
-    half = measure_half(network, real)
-    write_network(network, out, half)
-    if discriminator is not None:
-        write_discriminator(discriminator, out / DISCRIMINATOR)
+    half, real = write_weights(network, out, samples, image, discriminator)
     info = model_info(model, config, record, (len(training), len(validation)))
     info |= {"decoder_id": decoder_id(network), "statistics": measured.summary.to_json()}
     info |= {"preview": None if preview is None else preview.to_json()}
@@ -231,7 +226,46 @@ def _set_scaling(network: Any, config: Config, measured: Measured, keep_scaling:
     network.register_to_config(**{name: value for name, value in settings.items() if name in network.config})
 
 
-def write_network(network: Any, out: Path, half: Half) -> None:
+def statistics_samples(training: Sequence[SampleRef], config: Config) -> list[SampleRef]:
+    """Return the training images that latents are measured on: as many as the recipe says, always the same ones."""
+    order = np.random.default_rng(0).permutation(len(training))[: config.export.statistics_images]
+    return [training[i] for i in order]
+
+
+def write_weights(
+    network: Any,
+    out: Path,
+    samples: Sequence[SampleRef],
+    image: Channels,
+    discriminator: nn.Module | None,
+    cover: int = 0,
+) -> tuple[Half, list[np.ndarray]]:
+    """Try the network in float16 on images, and write it as `_write_network` does, and the discriminator beside it.
+
+    Args:
+        network: of diffusers, or one of `codec.adapters.OWN`.
+        out: the model folder.
+        samples: training images, of which the first are tried; those that cannot be read are left out.
+        image: their channels.
+        discriminator: None = there is none to write.
+        cover: see `train.data.whole_images`.
+
+    Returns:
+        What float16 does, and the images, (H, W, C) uint8 each.
+
+    Raises:
+        ModelError: loaded again the network gives something else.
+    """
+    f = latent_model(network).f
+    real = [each for _, each in whole_images(samples[:MAX_IMAGES], MAX_SIDE, f, [], image.count, cover)]
+    half = measure_half(network, real)
+    _write_network(network, out, half)
+    if discriminator is not None:
+        _write_discriminator(discriminator, out / DISCRIMINATOR)
+    return half, real
+
+
+def _write_network(network: Any, out: Path, half: Half) -> None:
     """Write diffusers' folder, in place of an older one, and load it again.
 
     Raises:
@@ -275,7 +309,7 @@ def other_formats(network: nn.Module, out: Path, config: Config, half: Half) -> 
     return {"float16": half.verdict, "formats": names}
 
 
-def write_discriminator(discriminator: nn.Module, folder: Path) -> None:
+def _write_discriminator(discriminator: nn.Module, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in discriminator.state_dict().items()}
     save_file(state, folder / "model.safetensors")

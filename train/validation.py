@@ -90,9 +90,8 @@ def _held_out(
     samples: Sequence[SampleRef], data: DataConfig, f: int, bad: list[tuple[str, str]], channels: int
 ) -> Iterator[tuple[SampleRef, np.ndarray]]:
     """Yield samples with their images as validation sees them."""
-    cover = data.crop if data.whole else 0
     for sample in samples:
-        for _, image in whole_images([sample], data.validation_crop, f, bad, channels, cover):
+        for _, image in whole_images([sample], data.validation_crop, f, bad, channels, data.cover):
             yield sample, image
 
 

@@ -15,19 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from codec.engine import pick_device
-from codec.errors import ModelError, UsageError
-from codec.files import write_atomic
+from codec.errors import ModelError
 from codec.head.conditions import conditions_of, generators
 from codec.head.folder import Origin
 from codec.head.second_stage import FittedPrior, restore
-from codec.shards import read_json
+from codec.network_folder import FolderKind, write_tensors
 
-FITTED_JSON, TENSORS = "fitted.json", "fitted.safetensors"
-KIND, VERSION = "latent-codec fitted prior", 1
+FITTED = FolderKind(
+    name="fitted prior",
+    version=1,
+    about="fitted.json",
+    weights="fitted.safetensors",
+    made_by="codec-train head fit writes it",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +134,8 @@ def write_fitted(
     head_id, shape = of
     assert len(classes) == prior.n_classes, "a name for each label"
     about = {
-        "kind": KIND,
-        "version": VERSION,
+        "kind": FITTED.kind,
+        "version": FITTED.version,
         "prior_id": prior_id(prior),
         "prior": prior.config(),
         "classes": list(classes),
@@ -141,9 +144,8 @@ def write_fitted(
         "codec": origin.to_json(),
         **more,
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prior.state_dict().items()}
-    write_atomic(out / TENSORS, save(tensors))
-    write_atomic(out / FITTED_JSON, (json.dumps(about, indent=2) + "\n").encode())
+    write_tensors(out / FITTED.weights, prior.state_dict())
+    FITTED.write_about(out, about)
     return about
 
 
@@ -158,25 +160,14 @@ def read_fitted(folder: Path, device: str | torch.device = "cpu") -> StoredPrior
         ModelError: missing, damaged, or something else.
         UsageError: there is no such device.
     """
-    try:
-        about = read_json(folder / FITTED_JSON)
-    except UsageError:
-        about = {}
-    if about.get("kind") != KIND:
-        raise ModelError(f"{folder}: no fitted prior here (expected {FITTED_JSON}, as codec-train head fit writes it)")
-    if about.get("version") != VERSION:
-        raise ModelError(f"{folder}: a fitted prior of version {about.get('version')}, expected {VERSION}")
-    try:
-        prior = restore(about["prior"], load((folder / TENSORS).read_bytes()), str(folder / TENSORS))
+    folder, about = FITTED.open(folder)
+    with FITTED.reading(folder):
+        weights = folder / FITTED.weights
+        prior = restore(about["prior"], load(weights.read_bytes()), str(weights))
         classes, shape = tuple(about["classes"]), tuple(about["shape"])
         if len(classes) != prior.n_classes or int(np.prod(shape)) != prior.n_units:
             raise ValueError(f"{len(classes)} classes and shape {shape} do not belong to {about['prior']}")
         head_id, origin = str(about["head_id"]), Origin.from_json(about["codec"])
-    except ModelError:
-        raise
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as exception:
-        reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        raise ModelError(f"{folder}: damaged: {reason}") from exception
     prior.requires_grad_(False).to(pick_device(device) if isinstance(device, str) else device)
     return StoredPrior(
         folder=folder,

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -27,15 +26,13 @@ from train.config import Config
 from train.cvae.card import conditional_card
 from train.data import whole_images
 from train.export import (
-    DISCRIMINATOR,
     STATISTICS_SIDE,
     model_info,
     other_formats,
-    write_discriminator,
+    statistics_samples,
     write_fixture,
-    write_network,
+    write_weights,
 )
-from train.half_precision import MAX_IMAGES, MAX_SIDE, measure_half
 
 
 def export_conditional(
@@ -60,18 +57,12 @@ def export_conditional(
     """
     model, image = latent_model(network), Channels.of(config.model.image_channels, config.data.samples)
     assert isinstance(model, ConditionalKLModel)
-    order = np.random.default_rng(0).permutation(len(training))[: config.export.statistics_images]
-    samples = [training[i] for i in order]
-    cover = config.data.crop if config.data.whole else 0
+    samples = statistics_samples(training, config)
     bad: list[tuple[str, str]] = []
-    summary = _statistics(model, samples, bad, image.count, cover)
+    summary = _statistics(model, samples, bad, image.count, config.data.cover)
     network.register_to_config(sample_size=config.data.crop)
-    real = whole_images(samples[:MAX_IMAGES], MAX_SIDE, model.f, [], image.count, cover)
-    half = measure_half(network, [each for _, each in real])
     (out / facts.FACTS_JSON).unlink(missing_ok=True)  # of an earlier export
-    write_network(network, out, half)
-    if discriminator is not None:
-        write_discriminator(discriminator, out / DISCRIMINATOR)
+    half, _ = write_weights(network, out, samples, image, discriminator, config.data.cover)
     info = model_info(model, config, record, (len(training), len(validation)))
     info |= {"classes": list(model.classes), "statistics": summary.to_json()}
     facts.update(out, **info)

@@ -63,7 +63,6 @@ def evaluate_command(
     known = None if factors is None else read_factors(factors)
     loaded = Head.load(head, device)
     stored = None if prior is None else tools.use(loaded, prior)
-    loaded.fitted = None  # its own prior is measured, the fitted one beside it
     c = None if known is None else tools.condition_of(loaded, asked, "--as")
     source = cached.Source(
         cache=cache, held_out=held_out, held_out_cache=held_out_cache, embeddings=embeddings, mirror=False

@@ -8,7 +8,7 @@ Entries: `evaluate`, `scores_of_factors`. Imports torch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +142,7 @@ def _priors(head: Head, held: Held, c: Sequence[Any], fitted: StoredPrior | None
 
 def _drawn(head: Head, c: Sequence[Any], fitted: StoredPrior | None, seed: int) -> torch.Tensor:
     """Return first-level units of p(u|c), or of a fitted prior in its place."""
-    before = head.fitted
-    head.fitted = None if fitted is None else fitted.prior
-    try:
-        return head.draw_units(c, seed=seed)[0]
-    finally:
-        head.fitted = before
+    return replace(head, fitted=None if fitted is None else fitted.prior).draw_units(c, seed=seed)[0]
 
 
 # --- factors --------------------------------------------------------------------------------------------------------

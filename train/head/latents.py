@@ -67,6 +67,10 @@ class HeadData:
         """Return what the network is told of samples with such labels: (B,) classes or (B, E) embeddings."""
         return labels if self.embeddings is None else self.embeddings[labels.cpu()].to(labels.device)
 
+    def told(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `conditions` of labels, (B,), and which of them are none, (B,) bool: all, without conditions."""
+        return self.conditions(labels), torch.full((len(labels),), not self.has_conditions, device=labels.device)
+
 
 @dataclass(frozen=True)
 class _Read:

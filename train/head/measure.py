@@ -66,8 +66,7 @@ class Held:
     def conditions(self, chosen: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return what the network is told of some samples, and which conditions are hidden."""
         labels = self.latents.labels[list(chosen)].to(device)
-        hidden = torch.full((len(chosen),), not self.data.has_conditions, device=device)
-        return self.data.conditions(labels), hidden
+        return self.data.told(labels)
 
     def normal(self, chosen: Sequence[int], shape: tuple[int, ...], purpose: str, device: torch.device) -> Tensor:
         """Return standard normal noise of some samples, (len(chosen), *shape)."""

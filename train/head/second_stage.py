@@ -90,7 +90,7 @@ def fit_prior(
     own: float | None = None
     if network is not None:
         with torch.inference_mode():
-            e = network.condition(data.conditions(of_held_out), _hidden(data, len(held_out), x.device))
+            e = network.condition(*data.told(of_held_out))
             own = -float(network.prior.log_prob(held_out, e).double().mean())
     labels = of_held_out if n_classes else None
     return PriorFit(
@@ -143,10 +143,6 @@ def image_of(key: str) -> str:
     return re.sub(r"#\d+$", "", key)
 
 
-def _hidden(data: HeadData, n: int, device: torch.device) -> Tensor:
-    return torch.full((n,), not data.has_conditions, device=device)
-
-
 @torch.no_grad()
 def _vectors(
     network: ConditionalHead | None, data: HeadData, latents: LatentSet, seed: int, device: torch.device
@@ -162,7 +158,7 @@ def _vectors(
         if network is None:
             found.append(z.flatten(1).to(device))
             continue
-        c, hidden = data.conditions(labels[at]), _hidden(data, len(z), device)
+        c, hidden = data.told(labels[at])
         noise = tuple(torch.randn(len(z), *shape, generator=rng).to(device) for shape in network.unit_shapes)
         found.append(network.encode(z.to(device), c, hidden, noise)[0][0])
     return torch.cat(found), labels

@@ -30,17 +30,15 @@ from train.channels import Channels
 from train.config import Config
 from train.data import whole_images
 from train.export import (
-    DISCRIMINATOR,
     MAX_CHECKED_IMAGES,
     STATISTICS_SIDE,
     coding_base,
     model_info,
     other_formats,
-    write_discriminator,
+    statistics_samples,
     write_fixture,
-    write_network,
+    write_weights,
 )
-from train.half_precision import MAX_IMAGES, MAX_SIDE, measure_half
 from train.networks import keeps_latents
 from train.vq.card import codebook_card
 from train.vq.usage import CodeCounts
@@ -67,8 +65,7 @@ def export_codebook_model(
         ModelError: the folder, loaded again, gives something else than the network.
     """
     model, image = _model(network), Channels.of(config.model.image_channels, config.data.samples)
-    order = np.random.default_rng(0).permutation(len(training))[: config.export.statistics_images]
-    samples = [training[i] for i in order]
+    samples = statistics_samples(training, config)
     bad: list[tuple[str, str]] = []
     images = (pixels for _, pixels in whole_images(samples, STATISTICS_SIDE, model.f, bad, image.count))
     measured = measure_indices(model, images, len(samples))
@@ -76,12 +73,8 @@ def export_codebook_model(
         raise UsageError(f"none of {len(samples)} training images can be read; the first: {bad[0][1]}")
     if not keeps_latents(config.model, config.latents):
         _set_scaling(network, 1.0 / max(measured.summary.global_std, 1e-8), max(config.data.sides))
-    real = whole_images(samples[:MAX_IMAGES], MAX_SIDE, model.f, [], image.count)
-    half = measure_half(network, [each for _, each in real])
     (out / facts.FACTS_JSON).unlink(missing_ok=True)  # of an earlier export
-    write_network(network, out, half)
-    if discriminator is not None:
-        write_discriminator(discriminator, out / DISCRIMINATOR)
+    half, _ = write_weights(network, out, samples, image, discriminator)
     model = _model(network)  # with the new normalisation
     info = model_info(model, config, record, (len(training), len(validation)))
     info |= {**model_folder.state_maps(model.maps), "quantiser": _quantiser(model, config)}
