@@ -492,9 +492,10 @@ def test_what_cannot_be_trained_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["beta", "factor"])
+@pytest.mark.parametrize("kind", ["beta", "factor", "independence"])
 def test_two_ranks_stay_equal_and_match_one_process(kind: str, cache: Path, tmp_path: Path) -> None:
-    how = [f"objective.kind={kind}", "objective.critic_width=32", "objective.free_bits=0"]
+    how = ["objective.critic_width=32", "objective.free_bits=0"]
+    how += [] if kind == "independence" else [f"objective.kind={kind}", "objective.independence=0"]
     done = launch(2, overrides(cache, tmp_path / "two", *how, f"optim.batch_size={2 if kind == 'beta' else 4}"))
     assert done.returncode == 0, done.stderr  # ranks whose parameters differ end in an error
     if kind == "beta":

@@ -105,9 +105,9 @@ class HeadConfig:
             require(self.head.has_plain_units, "head.posterior", what, allowed)
             require(objective.free_bits == 0, "objective.free_bits", objective.free_bits, "0 with objective.kind tcvae")
         if objective.independence:
-            both = f"{objective.kind} with data.condition {self.data.condition}"
-            allowed = "beta or tcvae with data.condition class, for objective.independence"
-            require(objective.kind != "factor" and self.data.condition == "class", "objective.kind", both, allowed)
+            fits = objective.kind != "factor" and self.data.condition == "class"
+            allowed = f"0 with objective.kind {objective.kind} and data.condition {self.data.condition}"
+            require(fits, "objective.independence", objective.independence, allowed)
         if objective.kind != "beta":
             require(self.optim.batch_size >= 4, "optim.batch_size", self.optim.batch_size, ">= 4 of this objective")
 
