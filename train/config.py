@@ -38,8 +38,9 @@ class ModelConfig:
     """Groups of GroupNorm; must divide every width (kl, vq)."""
     mid_block_add_attention: bool = True
     """Self-attention over the whole latent grid, in the middle of encoder and decoder."""
-    init: Literal["linear", "diffusers"] = "linear"
-    """linear: a nearly linear pyramid that lets brightness pass, learns much sooner; diffusers: torch's default."""
+    init: Literal["linear", "klt", "diffusers"] = "linear"
+    """linear: a nearly linear pyramid that lets brightness pass, learns much sooner; klt: the same, but the encoder
+    starts as the Karhunen-Loeve transform of blocks of f x f pixels (kl, vq); diffusers: torch's default."""
     use_quant_conv: bool = True
     """The two 1x1 convolutions around the latents, as in Stable Diffusion 1 and 2 (kl; a VQModel always has them)."""
     condition: Literal["none", "class"] = "none"
@@ -86,6 +87,14 @@ class ModelConfig:
         network that is to see more than the three channels of its base."""
         chosen = self.init_from != "" and self.teacher == "" and self.image_channels == 3
         return self.trainable == "decoder" or (self.trainable == "auto" and chosen)
+
+    @property
+    def klt_channels(self) -> tuple[int, ...]:
+        """Coefficients that `init = "klt"` keeps at each halving: those of four places, or as many as channels."""
+        kept: list[int] = []
+        for width in self.block_out_channels[:-1]:
+            kept.append(min(4 * (kept[-1] if kept else self.image_channels), width))
+        return tuple(kept)
 
     @property
     def f(self) -> int:
@@ -341,6 +350,8 @@ class Config:
         self._check_anchor()
         if model.condition != "none":
             self._check_condition()
+        if model.init == "klt" and not model.init_from:
+            self._check_klt()
         if model.teacher:
             require(self.rate.probability == 0, "rate.probability", self.rate.probability, "0 with model.teacher")
             require(model.trainable != "decoder", "model.trainable", model.trainable, "all or auto with model.teacher")
@@ -365,6 +376,18 @@ class Config:
                 not model.decoder_only, "latents.anchor_weight", latents.anchor_weight, "0: the encoder stays as it is"
             )
             require(model.teacher == "", "latents.anchor_weight", latents.anchor_weight, "0 with model.teacher")
+
+    def _check_klt(self) -> None:
+        """Refuse networks that cannot hold the transform of `train.klt_init`."""
+        model = self.model
+        shape = (model.family != "tiny", model.condition == "none", self.vq.coarse_codebook_size == 0)
+        why = "linear with family tiny, a condition, a coarse codebook or more than 3 image channels"
+        require(all(shape) and model.image_channels == 3, "model.init", model.init, why)
+        widths = model.block_out_channels
+        require(len(widths) > 1 and min(widths) >= 3, "model.block_out_channels", widths, "2 or more of 3 or more")
+        why = "at most half of the last width, and what the widths before let pass, with model.init klt"
+        fits = model.latent_channels <= min(widths[-1] // 2, model.klt_channels[-1])
+        require(fits, "model.latent_channels", model.latent_channels, why)
 
     def _check_condition(self) -> None:
         """Refuse what does not go along with a condition: it would not be told, or has no place for one."""

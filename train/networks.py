@@ -20,6 +20,7 @@ from codec.latent_model import LatentModel, load_network
 from codec.two_level import TwoLevelModel, TwoLevelVQModel
 from train.config import ModelConfig
 from train.inflate import image_channels_of, inflate
+from train.klt_init import initialize_klt
 from train.loss_config import LatentConfig
 from train.vq.config import VQConfig
 from train.vq.lattice import corners
@@ -190,8 +191,7 @@ def _kl_network(config: ModelConfig, classes: Sequence[str]) -> nn.Module:
             scaling_factor=1.0,
             shift_factor=0.0,
         )
-    if config.init == "linear":
-        initialize_linear(network)
+    _initialize(network, config)
     kl: nn.Module = network
     return kl
 
@@ -210,8 +210,7 @@ def _vq_network(config: ModelConfig, vq: VQConfig) -> nn.Module:
     else:
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * n, "up_block_types": ("UpDecoderBlock2D",) * n}
         network = VQModel(**fields, **blocks)
-    if config.init == "linear":
-        initialize_linear(network)
+    _initialize(network, config)
     with torch.no_grad():
         for weight in (TwoLevelModel if vq.coarse_codebook_size else CodebookModel)(network).codebooks:
             weight.normal_()
@@ -259,6 +258,19 @@ def _initialize_tiny(network: AutoencoderTiny) -> None:
                 nn.init.zeros_(module.weight)
             elif ".conv." not in name:
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+
+
+def _initialize(
+    network: AutoencoderKL | VQModel | TwoLevelVQModel | ConditionalAutoencoderKL, config: ModelConfig
+) -> None:
+    if config.init == "diffusers":
+        return
+    initialize_linear(network)
+    if config.init == "klt":
+        initialize_klt(network.encoder, network.decoder, config.klt_channels, config.latent_channels)
+        for convolution in (network.quant_conv, network.post_quant_conv):
+            if convolution is not None:
+                nn.init.dirac_(convolution.weight)
 
 
 @torch.no_grad()
