@@ -7,6 +7,7 @@ of a first-order Gauss-Markov process, rho = 0.95 between neighbours, with the c
 nearly the same ones; that is where the discrete cosine transform comes from.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,10 @@ RHO = 0.95
 """Correlation of neighbouring pixels."""
 COLOURS = ((0.29, 0.25, 0.23), (0.25, 0.27, 0.26), (0.23, 0.26, 0.30))
 """Covariance of R, G and B in [-1, 1], of the photographs in `docs/shipped.md`, rounded."""
+ANCHOR = 3.0
+"""Size of the pattern that `train.networks.initialize_linear` gives to the channels before the last norms."""
 _CONTENT = 0.4  # deviation of what passes the encoder's last norm: small beside that norm's anchor
+_QUIET = 0.1  # of the channels beside it there
 _NOISE = 0.05  # deviation of the posterior's first noise, in units of pixels
 
 
@@ -33,8 +37,7 @@ def transform(channels: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor
         block keeps its value), and the (k,) deviations of the last stage's coefficients, largest first.
     """
     side = 1 << len(channels)
-    at = torch.arange(side, dtype=torch.float64)
-    line = RHO ** (at[:, None] - at).abs()
+    line = _line(side)
     colours = torch.tensor(COLOURS, dtype=torch.float64)
     covariance = torch.einsum("cd,yv,xw->cyxdvw", colours, line, line)  # of the coefficients at each place of a block
     stages = []
@@ -48,6 +51,53 @@ def transform(channels: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor
         covariance = torch.einsum("kcyx,cjyixdmvnw,ldvw->kjilmn", kernel, blocks, kernel)
         stages.append(kernel.float())
     return stages, covariance[:, 0, 0, :, 0, 0].diagonal().sqrt().float()
+
+
+def synthesis(stages: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return how a decoder best guesses what each stage has taken, coarsest stage first.
+
+    A decoder doubles each place and convolves by 3 x 3: linear, but not any linear map, so the transform's inverse is not
+    among them. This is the least squares estimate under the covariance above.
+
+    Args:
+        stages: of `transform`.
+
+    Returns:
+        (k_before, k, 3, 3) convolutions of the doubled coefficients.
+    """
+    kernels = [torch.eye(3, dtype=torch.float64)[:, :, None, None]]  # (k, 3, side, side), from pixels
+    for stage in stages:
+        k, side = len(stage), 2 * kernels[-1].shape[-1]
+        kernels.append(torch.einsum("kbyx,bcij->kcyixj", stage.double(), kernels[-1]).reshape(k, 3, side, side))
+    found = []
+    for fine, coarse in reversed(list(itertools.pairwise(kernels))):
+        k, side, half = len(coarse), coarse.shape[-1], fine.shape[-1]
+        line = _line(3 * side)
+        colours = torch.tensor(COLOURS, dtype=torch.float64)
+        known = torch.zeros(3, 3, k, 3, 3 * side, 3 * side, dtype=torch.float64)  # coefficients of 3 x 3 blocks
+        for row, column in itertools.product(range(3), range(3)):
+            known[row, column, :, :, row * side : (row + 1) * side, column * side : (column + 1) * side] = coarse
+        spread = torch.einsum("pqkcyx,cd,yv,xw->pqkdvw", known, colours, line, line)
+        covariance = torch.einsum("pqkdvw,rsldvw->pqkrsl", spread, known)
+        left = 4 * _NOISE**2 * torch.eye(9 * k, dtype=torch.float64)
+        right = torch.zeros(9 * k, len(fine), dtype=torch.float64)
+        for row, column in itertools.product(range(2), range(2)):
+            rows, columns = ([(at + tap) // 2 + 1 for tap in (-1, 0, 1)] for at in (row, column))
+            seen = covariance[rows][:, columns][:, :, :, rows][:, :, :, :, columns]
+            left += seen.reshape(9 * k, 9 * k)
+            y, x = side + row * half, side + column * half
+            crossed = torch.einsum("pqkdvw,ldvw->pqkl", spread[..., y : y + half, x : x + half], fine)
+            right += crossed[rows][:, columns].reshape(9 * k, -1)
+        solved = torch.linalg.solve(left, right)
+        found.append(solved.reshape(3, 3, k, -1).permute(3, 2, 0, 1).float())
+    return found
+
+
+def _line(side: int) -> torch.Tensor:
+    """Covariance of the pixels of a line, (side, side), of variance 1."""
+    at = torch.arange(side, dtype=torch.float64)
+    line: torch.Tensor = RHO ** (at[:, None] - at).abs()
+    return line
 
 
 @torch.no_grad()
@@ -65,43 +115,75 @@ def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], late
     """
     *blocks, last = encoder.down_blocks
     stages, deviations = transform(kept)
-    variance, deviations = deviations.square().sum(), deviations[:latent_channels]
+    deviations = deviations[:latent_channels]
     pairs = torch.zeros(2 * latent_channels, kept[-1])
     pairs[0::2, :latent_channels] = torch.diag(_CONTENT / deviations)
     pairs[1::2] = -pairs[0::2]
+    analysis = [*stages]
     if last.resnets[0].conv_shortcut is None:
-        stages[-1] = torch.einsum("pk,kcyx->pcyx", pairs, stages[-1])
+        analysis[-1] = torch.einsum("pk,kcyx->pcyx", pairs, stages[-1])
     _pass(encoder.conv_in, torch.eye(3)[:, :, None, None])
-    for block, kernel in zip(blocks, stages, strict=True):
+    for block, kernel in zip(blocks, analysis, strict=True):
         if block.resnets[0].conv_shortcut is not None:
             _pass(block.resnets[0].conv_shortcut, torch.eye(kernel.shape[1])[:, :, None, None])
         _pass(block.downsamplers[0].conv, kernel)
     if last.resnets[0].conv_shortcut is not None:
-        _pass(last.resnets[0].conv_shortcut, pairs[:, :, None, None])
-    for attention in encoder.mid_block.attentions:
-        if attention is not None:
-            nn.init.zeros_(attention.to_out[0].weight)
+        _pass(last.resnets[0].conv_shortcut, pairs[:, :, None, None], _QUIET)
+    _settle(encoder.conv_norm_out, len(pairs) / encoder.conv_norm_out.num_channels)
     nn.init.zeros_(encoder.conv_out.weight)
     nn.init.zeros_(encoder.conv_out.bias)
-    back = torch.linalg.pinv(pairs[:, :latent_channels]) / deviations[:, None]
+    back = 2 * torch.linalg.pinv(pairs[:, :latent_channels]) / deviations[:, None]
     _pass(encoder.conv_out, back[:, :, None, None])
     if encoder.conv_out.out_channels == 2 * latent_channels:  # log-variances: equal noise in units of pixels
         encoder.conv_out.bias[latent_channels:] = 2 * (_NOISE / deviations).clamp(max=1).log()
-    nn.init.normal_(decoder.conv_in.weight)
-    decoder.conv_in.weight *= deviations[:, None, None] / (3 * variance.sqrt())
+    _pass(decoder.conv_in, torch.diag(deviations)[:, :, None, None])
+    pairs = (
+        _CONTENT
+        / COLOURS[1][1] ** 0.5
+        * torch.tensor([1.0, -1.0]).repeat(3)[:, None]
+        * torch.eye(3).repeat_interleave(2, 0)
+    )
+    *ups, final = decoder.up_blocks
+    for block, kernel in zip(ups, synthesis([*stages[:-1], stages[-1][:latent_channels]]), strict=True):
+        if block is ups[-1] and final.resnets[0].conv_shortcut is None:
+            kernel = torch.einsum("pk,kcyx->pcyx", pairs, kernel)
+        if block.resnets[0].conv_shortcut is not None:
+            _pass(block.resnets[0].conv_shortcut, torch.eye(kernel.shape[1])[:, :, None, None])
+        _pass(block.upsamplers[0].conv, kernel)
+    if final.resnets[0].conv_shortcut is not None:
+        _pass(final.resnets[0].conv_shortcut, pairs[:, :, None, None], _QUIET)
+    _settle(decoder.conv_norm_out, len(pairs) / decoder.conv_norm_out.num_channels)
+    nn.init.zeros_(decoder.conv_out.weight)
+    nn.init.zeros_(decoder.conv_out.bias)
+    _pass(decoder.conv_out, 2 * torch.linalg.pinv(pairs)[:, :, None, None])
+    for part in (encoder, decoder):
+        levels = [*(encoder.down_blocks if part is encoder else decoder.up_blocks), part.mid_block]
+        for resnet in (resnet for level in levels for resnet in level.resnets):
+            if resnet.conv2.bias.abs().max() < ANCHOR:
+                nn.init.zeros_(resnet.conv2.bias)
+        for attention in part.mid_block.attentions:
+            if attention is not None:
+                nn.init.zeros_(attention.to_out[0].weight)
 
 
-def _pass(conv: nn.Conv2d, kernel: torch.Tensor) -> None:
+def _settle(norm: nn.GroupNorm, share: float) -> None:
+    """Set a norm's weight by the deviation that it will divide by: of the anchor, and of a share of _CONTENT in it."""
+    norm.weight.fill_((ANCHOR**2 + share * _CONTENT**2) ** 0.5)
+
+
+def _pass(conv: nn.Conv2d, kernel: torch.Tensor, others: float = 1.0) -> None:
     """Make the first channels of a convolution those that a kernel gives of its first inputs.
 
     Args:
         conv: of a kernel at least as large. This one lies in its middle, or with stride 2 at its first row and column:
             diffusers pads a downsampling convolution at the far ends alone.
         kernel: (k, k_before, y, x).
+        others: what the weights of the other channels are multiplied by.
     """
     k, before, y, x = kernel.shape
     assert conv.bias is not None
     conv.weight[:k] = 0
-    conv.bias[:k] = 0
+    conv.weight[k:] *= others
+    conv.bias.zero_()
     top = (conv.kernel_size[0] - y) // 2 if conv.stride[0] == 1 else 0
     conv.weight[:k, :before, top : top + y, top : top + x] = kernel

@@ -20,13 +20,12 @@ from codec.latent_model import LatentModel, load_network
 from codec.two_level import TwoLevelModel, TwoLevelVQModel
 from train.config import ModelConfig
 from train.inflate import image_channels_of, inflate
-from train.klt_init import initialize_klt
+from train.klt_init import ANCHOR, initialize_klt
 from train.loss_config import LatentConfig
 from train.vq.config import VQConfig
 from train.vq.lattice import corners
 
 _TRAINED = (AutoencoderKL, AutoencoderTiny, VQModel, TwoLevelVQModel)
-_ANCHOR = 3.0  # in units of the content's deviation, about 1 at initialisation
 
 
 def build_network(
@@ -305,6 +304,6 @@ def _anchor(before: nn.Conv2d, norm: nn.GroupNorm) -> None:
     assert before.bias is not None
     sign = torch.ones(norm.num_channels)
     sign[1::2] = -1
-    before.bias.copy_(_ANCHOR * sign)
-    norm.weight.fill_((_ANCHOR**2 + 1) ** 0.5)
-    norm.bias.copy_(-_ANCHOR * sign)
+    before.bias.copy_(ANCHOR * sign)
+    norm.weight.fill_((ANCHOR**2 + 1) ** 0.5)
+    norm.bias.copy_(-ANCHOR * sign)
