@@ -56,8 +56,8 @@ def transform(channels: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor
 def synthesis(stages: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return how a decoder best guesses what each stage has taken, coarsest stage first.
 
-    A decoder doubles each place and convolves by 3 x 3: linear, but not any linear map, so the transform's inverse is not
-    among them. This is the least squares estimate under the covariance above.
+    A decoder doubles each place and convolves by 3 x 3: linear, but not any linear map, so the transform's inverse is
+    not among them. This is the least squares estimate under the covariance above.
 
     Args:
         stages: of `transform`.
@@ -137,12 +137,8 @@ def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], late
     if encoder.conv_out.out_channels == 2 * latent_channels:  # log-variances: equal noise in units of pixels
         encoder.conv_out.bias[latent_channels:] = 2 * (_NOISE / deviations).clamp(max=1).log()
     _pass(decoder.conv_in, torch.diag(deviations)[:, :, None, None])
-    pairs = (
-        _CONTENT
-        / COLOURS[1][1] ** 0.5
-        * torch.tensor([1.0, -1.0]).repeat(3)[:, None]
-        * torch.eye(3).repeat_interleave(2, 0)
-    )
+    pairs = torch.eye(3).repeat_interleave(2, dim=0) * (_CONTENT / COLOURS[1][1] ** 0.5)
+    pairs[1::2] *= -1
     *ups, final = decoder.up_blocks
     for block, kernel in zip(ups, synthesis([*stages[:-1], stages[-1][:latent_channels]]), strict=True):
         if block is ups[-1] and final.resnets[0].conv_shortcut is None:
