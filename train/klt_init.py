@@ -1,4 +1,4 @@
-"""A start for encoders: the Karhunen-Loeve transform of images that are correlated as photographs are.
+"""A start for autoencoders: the Karhunen-Loeve transform of images that are correlated as photographs are.
 
 A downsampling convolution sees blocks of 2 x 2 pixels whole, so a chain of them can hold any transform of f x f blocks,
 stage by stage, as far as its widths reach. What transform codes best needs no training to know: the eigenvectors of
@@ -22,7 +22,8 @@ ANCHOR = 3.0
 """Size of the pattern that `train.networks.initialize_linear` gives to the channels before the last norms."""
 _CONTENT = 0.4  # deviation of what passes the encoder's last norm: small beside that norm's anchor
 _QUIET = 0.1  # of the channels beside it there
-_NOISE = 0.05  # deviation of the posterior's first noise, in units of pixels
+NOISE = 0.05
+"""Deviation of the noise on coefficients that the guess expects, which is the posterior's first one; units of pixels."""
 
 
 def transform(channels: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -57,7 +58,8 @@ def synthesis(stages: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return how a decoder best guesses what each stage has taken, coarsest stage first.
 
     A decoder doubles each place and convolves by 3 x 3: linear, but not any linear map, so the transform's inverse is
-    not among them. This is the least squares estimate under the covariance above.
+    not among them. This is the least squares estimate under the covariance above, with NOISE on
+    the coefficients.
 
     Args:
         stages: of `transform`.
@@ -79,7 +81,8 @@ def synthesis(stages: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             known[row, column, :, :, row * side : (row + 1) * side, column * side : (column + 1) * side] = coarse
         spread = torch.einsum("pqkcyx,cd,yv,xw->pqkdvw", known, colours, line, line)
         covariance = torch.einsum("pqkdvw,rsldvw->pqkrsl", spread, known)
-        left = 4 * _NOISE**2 * torch.eye(9 * k, dtype=torch.float64)
+        covariance += NOISE**2 * torch.eye(9 * k, dtype=torch.float64).reshape(covariance.shape)
+        left = torch.zeros(9 * k, 9 * k, dtype=torch.float64)
         right = torch.zeros(9 * k, len(fine), dtype=torch.float64)
         for row, column in itertools.product(range(2), range(2)):
             rows, columns = ([(at + tap) // 2 + 1 for tap in (-1, 0, 1)] for at in (row, column))
@@ -135,7 +138,7 @@ def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], late
     back = 2 * torch.linalg.pinv(pairs[:, :latent_channels]) / deviations[:, None]
     _pass(encoder.conv_out, back[:, :, None, None])
     if encoder.conv_out.out_channels == 2 * latent_channels:  # log-variances: equal noise in units of pixels
-        encoder.conv_out.bias[latent_channels:] = 2 * (_NOISE / deviations).clamp(max=1).log()
+        encoder.conv_out.bias[latent_channels:] = 2 * (NOISE / deviations).clamp(max=1).log()
     _pass(decoder.conv_in, torch.diag(deviations)[:, :, None, None])
     pairs = torch.eye(3).repeat_interleave(2, dim=0) * (_CONTENT / COLOURS[1][1] ** 0.5)
     pairs[1::2] *= -1
