@@ -17,13 +17,13 @@ from torch import nn
 RHO = 0.95
 """Correlation of neighbouring pixels."""
 COLOURS = ((0.29, 0.25, 0.23), (0.25, 0.27, 0.26), (0.23, 0.26, 0.30))
-"""Covariance of R, G and B in [-1, 1], of the photographs in `docs/shipped.md`, rounded."""
+"""Covariance of R, G and B in [-1, 1], of photographs, rounded."""
 ANCHOR = 3.0
 """Size of the pattern that `train.networks.initialize_linear` gives to the channels before the last norms."""
 _CONTENT = 0.4  # deviation of what passes the encoder's last norm: small beside that norm's anchor
 _QUIET = 0.1  # of the channels beside it there
 NOISE = 0.05
-"""Deviation of the noise on coefficients that the guess expects, which is the posterior's first one; units of pixels."""
+"""Deviation of the noise on coefficients that the guess expects, and of the posterior at first; units of pixels."""
 
 
 def transform(channels: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
