@@ -17,7 +17,7 @@ app.command(epilog=encode_cli.EPILOG)(encode_cli.encode)
 app.command(epilog=decode_cli.EPILOG)(decode_cli.decode)
 app.command(epilog=inspect_cli.INFO_EPILOG)(inspect_cli.info)
 app.command(epilog=inspect_cli.VERIFY_EPILOG)(inspect_cli.verify)
-app.command()(inspect_cli.models)
+app.command(epilog=inspect_cli.MODELS_EPILOG)(inspect_cli.models)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from codec.regions import Region
 if TYPE_CHECKING:
     from codec.runtime import Codec
 
-EPILOG = "Example: codec decode coded -o decoded -m runs/small/model"
+EPILOG = "Example: codec decode coded -o decoded"
 
 
 @dataclass(frozen=True)

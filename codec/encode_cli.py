@@ -20,7 +20,7 @@ from codec.errors import FormatError, UsageError
 from codec.launch import Launch
 from codec.pipeline import pipelined
 
-EPILOG = "Example: codec encode photos -o coded -m runs/small/model -q 60"
+EPILOG = "Example: codec encode photos -o coded -q 60"
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,6 @@ def encode(
     as_json: options.Json = False,
 ) -> int:
     """Compress images: photo.jpg becomes photo.jpg.lcx. An existing output is left untouched and is a failure."""
-    if model is None:
-        raise UsageError("which model? Give -m MODEL (a model folder); this version comes without trained weights")
     asked = [quality, target_bpp, target_kb]
     if sum(value is not None for value in asked) > 1:
         raise UsageError("-q, --target-bpp and --target-kb: one of them")

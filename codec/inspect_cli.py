@@ -1,7 +1,7 @@
 """`codec info`, `codec verify`, `codec models`: what files and models say about themselves. No network runs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +13,12 @@ from codec.coding import Coder
 from codec.console import Exit
 from codec.errors import FormatError, ModelError
 from codec.index_tables import IndexMode
+from codec.model_folder import ModelFolder
 from codec.tables import Mode
 
 INFO_EPILOG = "Example: codec info coded/photo.jpg.lcx"
-VERIFY_EPILOG = "Example: codec verify coded -m runs/small/model"
+VERIFY_EPILOG = "Example: codec verify coded"
+MODELS_EPILOG = "Example: CODEC_MODELS=runs/first codec models"
 
 Files = Annotated[list[str], typer.Argument(metavar="FILE...", help="Compressed files or folders of them; - is stdin.")]
 Lines = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
@@ -114,14 +116,60 @@ def verify(sources: Files, model: options.DecodeModel = None, as_json: Lines = F
     return Exit.SOME_FAILED if failures else Exit.OK
 
 
-def models() -> int:
-    """List the models that -m and decode find by name or id: those under $CODEC_MODELS, then the package's own."""
-    folders = matching.installed()
-    for folder in folders:
-        ids = f"stream {','.join(folder.streams)}  decoder {folder.decoder_id}"
-        k = f" k{'+'.join(str(each.codebook_size) for each in folder.maps)}" if folder.maps else ""
-        print(f"{folder.name}  f{folder.f} c{folder.channels}{k}  {ids}  {folder.path}")
-    if not folders:
+def models(as_json: Lines = False) -> int:
+    """List the models that -m and decode find by name or id: those under $CODEC_MODELS, then the package's own.
+
+    Name, f (downsampling factor), c (latent channels), k (codebook size), size on disk, licence of the weights, path.
+    """
+    known = model_folder.by_name()
+    rows, n_found = [], 0
+    for path in model_folder.available():
+        n_found += 1
+        try:
+            folder = model_folder.read(path)
+            model_folder.check_weights(path)
+        except ModelError as exception:
+            console.error(str(exception))
+            continue
+        rows.append(_about(folder, known))
+    if as_json:
+        print("".join(json.dumps(row) + "\n" for row in rows), end="")
+    else:
+        cells = [_cells(row) for row in rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:
+            print("  ".join(map(str.ljust, line, widths)).rstrip())
+    if not n_found and not as_json:
         places = ", ".join(str(place) for place in model_folder.search_path())
         print(f"no models in {places}; name a folder of models in ${model_folder.MODELS_VARIABLE}")
-    return Exit.SOME_FAILED if len(folders) < len(model_folder.available()) else Exit.OK
+    return Exit.SOME_FAILED if len(rows) < n_found else Exit.OK
+
+
+def _about(folder: ModelFolder, known: Mapping[str, Path]) -> dict[str, Any]:
+    """Return what `models` says of one; `known`: see `model_folder.by_name`."""
+    return {
+        "name": folder.name,
+        "default": known.get(model_folder.DEFAULT_MODEL) == folder.path,
+        "hidden": known[folder.name] != folder.path,
+        "f": folder.f,
+        "latent_channels": folder.channels,
+        "codebook_sizes": [each.codebook_size for each in folder.maps],
+        "size_bytes": sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file()),
+        "licence": folder.info.get("licence") or None,
+        "stream_ids": list(folder.streams),
+        "decoder_id": folder.decoder_id,
+        "path": str(folder.path),
+    }
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a line of `models`."""
+    k = f" k{'+'.join(map(str, row['codebook_sizes']))}" if row["codebook_sizes"] else ""
+    mark = "default" * row["default"] or "another of this name goes first" * row["hidden"]
+    return [
+        row["name"],
+        f"f{row['f']} c{row['latent_channels']}{k}",
+        f"{row['size_bytes'] / 2**20:.1f} MiB",
+        f"licence: {row['licence'] or 'not stated'}",
+        row["path"] + f"  ({mark})" * bool(mark),
+    ]

@@ -59,7 +59,11 @@ def match(header: Header, folders: Sequence[ModelFolder], strict: bool = False) 
         known = ", ".join(f"{folder.name} has {folder.decoder_id}" for folder in knowing)
         raise ModelError(f"made with another decoder of the same latents: it needs {header.decoder_id}, {known}")
     known = ", ".join(f"{folder.name} has {folder.stream_id}" for folder in folders)
-    raise ModelError(f"made with another model: it needs stream {header.stream_id}, {known}")
+    raise ModelError(
+        f"made with another model: it needs stream {header.stream_id}, {known}; name the folder of the model that made "
+        f"it with -m, or put it under ${model_folder.MODELS_VARIABLE} (a model that came with another version of "
+        "latent-codec is in codec/models there)"
+    )
 
 
 def first_match(

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from codec.errors import ModelError
+from codec.errors import ModelError, UsageError
 from codec.files import write_atomic
 from codec.index_maps import IndexMap
 from codec.index_tables import IndexTables
@@ -31,6 +31,11 @@ CODEC_JSON = "codec.json"
 CODEC_TENSORS = "codec.safetensors"
 FOLDER_VERSION = 1
 MODELS_VARIABLE = "CODEC_MODELS"
+PACKAGE_MODELS = Path(__file__).parent / "models"
+"""Models that come with the package."""
+DEFAULT_MODEL = "kl-f8"
+"""The name of the model where none is named."""
+_WEIGHTS = "diffusion_pytorch_model"  # how files of weights begin
 CONDITIONAL = "ConditionalAutoencoderKL"
 """The class of `codec.conditional_kl`, which the codec does not code."""
 
@@ -367,10 +372,24 @@ def decoder_digest(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray])
     return sha.hexdigest()[:16]
 
 
+def check_weights(path: Path) -> None:
+    """Raise ModelError where a model folder has no weights, or they are cut off; reads only their headers."""
+    files = sorted(file for file in path.iterdir() if file.name.startswith(_WEIGHTS))
+    if not files:
+        raise ModelError(f"{path}: no weights: no {_WEIGHTS}.safetensors in it")
+    for file in (file for file in files if file.suffix == ".safetensors"):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as exception:
+            size_bytes = file.stat().st_size
+            raise ModelError(f"{file}: damaged weights, {size_bytes} bytes: {exception}") from exception
+
+
 def search_path() -> list[Path]:
     """Folders in which models are looked for by name or id: those of $CODEC_MODELS, then the package's own."""
     named = [Path(part) for part in os.environ.get(MODELS_VARIABLE, "").split(os.pathsep) if part]
-    return [*named, Path(__file__).parent / "models"]
+    return [*named, PACKAGE_MODELS]
 
 
 def available() -> list[Path]:
@@ -384,25 +403,48 @@ def available() -> list[Path]:
     return list(found.values())
 
 
-def _stated_name(folder: Path) -> str | None:
-    """The name in codec.json, which `codec models` prints; None where it cannot be read."""
+def _names(folder: Path) -> tuple[str, ...]:
+    """What a model may be called: as codec.json says, which `codec models` prints, and as its folder is."""
     try:
-        return str(json.loads((folder / CODEC_JSON).read_text(encoding="utf-8"))["name"])
+        stated = str(json.loads((folder / CODEC_JSON).read_text(encoding="utf-8"))["name"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return (folder.name,)
+    return tuple(dict.fromkeys((stated, folder.name)))
 
 
-def resolve(name: str | Path) -> Path:
-    """Turn what a user gave for -m into a model folder: a path, or the name of an available model.
+def by_name() -> dict[str, Path]:
+    """Return every available model by each of its names; of two with one name the first on the search path."""
+    found: dict[str, Path] = {}
+    for folder in available():
+        for name in _names(folder):
+            found.setdefault(name, folder)
+    return found
+
+
+def resolve(name: str | Path | None) -> Path:
+    """Turn what a user gave for -m into a model folder.
+
+    Args:
+        name: a folder, of the codec or any diffusers autoencoder's; or the name of an available model, where there is
+            no such folder. None = the default model, by its name alone.
 
     Raises:
         ModelError: neither.
+        UsageError: none was named, and there is no default model.
     """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    for folder in available():
-        if str(name) in (folder.name, _stated_name(folder)):
-            return folder
-    places = ", ".join(str(place) for place in search_path())
-    raise ModelError(f"{name}: no such model folder, and no model of that name in {places}")
+    if name is not None and Path(name).is_dir():
+        return Path(name)
+    known = by_name()
+    if name is None and DEFAULT_MODEL not in known:
+        raise UsageError(f"which model? Give -m MODEL: the default, {DEFAULT_MODEL}, is not there{_told(known)}")
+    folder = known.get(DEFAULT_MODEL if name is None else str(name))
+    if folder is None:
+        raise ModelError(f"{name}: no such folder, and no model of that name{_told(known)}")
+    return folder
+
+
+def _told(known: Mapping[str, Path]) -> str:
+    """Say which models there are, for the end of a message."""
+    if known:
+        return f"; there are: {', '.join(known)}"
+    return f"; there are no models in {', '.join(str(place) for place in search_path())}"

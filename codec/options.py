@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from codec.model_folder import DEFAULT_MODEL
+
 Sources = Annotated[
     list[str],
     typer.Argument(metavar="SRC...", help="Files and folders; folders are read recursively. - is stdin."),
@@ -18,7 +20,14 @@ Out = Annotated[
     ),
 ]
 EncodeModel = Annotated[
-    str | None, typer.Option("-m", "--model", metavar="MODEL", help="Model folder, or a name `codec models` lists.")
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="Model folder, or a name that `codec models` lists.",
+        show_default=DEFAULT_MODEL,
+    ),
 ]
 DecodeModel = Annotated[
     str | None,

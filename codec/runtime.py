@@ -85,7 +85,7 @@ class Codec:
     @classmethod
     def load(
         cls,
-        model: str | Path | ModelFolder,
+        model: str | Path | ModelFolder | None = None,
         device: str | torch.device = AUTO,
         *,
         dtype: str = AUTO,
@@ -98,7 +98,8 @@ class Codec:
         """Load a model folder.
 
         Args:
-            model: a path, the name of a model found as `codec models` lists them, or a folder that was read.
+            model: a path, the name of a model found as `codec models` lists them, or a folder that was read; None =
+                the default model, see `codec.model_folder.resolve`.
             device: where the network runs; "auto" takes the first GPU, or else the CPU.
             dtype: see `codec.engine.EngineConfig`, as are the next two.
             compile: with torch.compile.
@@ -109,7 +110,7 @@ class Codec:
 
         Raises:
             ModelError: missing or damaged.
-            UsageError: there is no such device, or it has no such type.
+            UsageError: there is no such device, or it has no such type, or no default model.
         """
         folder = model if isinstance(model, ModelFolder) else model_folder.read(model_folder.resolve(model))
         config = EngineConfig(device=str(device), dtype=dtype, compile=compile, memory_bytes=memory_bytes)

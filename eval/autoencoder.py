@@ -20,7 +20,7 @@ from codec.engine import Engine, EngineConfig
 from codec.errors import ModelError, NonFiniteError, UsageError
 from codec.index_maps import IndexMap, to_grids
 from codec.latent_model import CodebookModel
-from codec.model_folder import CODEC_JSON, state_maps
+from codec.model_folder import CODEC_JSON, resolve, state_maps
 from eval.draws import generator
 from eval.protocol import POSTERIORS
 
@@ -154,12 +154,13 @@ def load_all(
     posterior: str = "mode",
     seed: int = 0,
 ) -> list[Autoencoder]:
-    """Load model folders, ours or anyone's; see `Autoencoder` and `Engine.load`.
+    """Load models, ours or anyone's, by folder or name; see `Autoencoder`, `model_folder.resolve` and `Engine.load`.
 
     Raises:
         ModelError: a folder is missing, damaged or of an unsupported class.
         UsageError: there is no such device or type, or a sample of a model without a variance.
     """
+    folders = [resolve(folder) for folder in folders]
     names = names_of(folders)
     return [
         Autoencoder(name, folder, Engine.load(folder, config, local_rank, notes), posterior, seed)

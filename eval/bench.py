@@ -20,6 +20,7 @@ from codec import fast
 from codec.engine import DTYPES
 from codec.errors import UsageError
 from codec.latent_model import latent_model, load_network
+from codec.model_folder import resolve
 from eval.environment import commit, hardware, versions
 
 
@@ -121,7 +122,8 @@ def _networks(bench: VaeBench) -> Iterator[tuple[str, Any]]:
     except (RuntimeError, AssertionError) as exception:  # what torch raises for devices that it does not have
         raise UsageError(f"device {bench.device}: {exception}") from exception
     if bench.model is not None:
-        yield bench.model.resolve().name, load_network(bench.model).eval().to(bench.device)
+        folder = resolve(bench.model)
+        yield folder.resolve().name, load_network(folder).eval().to(bench.device)
         return
     torch.manual_seed(0)
     stable_diffusion = AutoencoderKL(

@@ -25,7 +25,10 @@ def bench_command(
     model: Annotated[
         Path | None,
         typer.Option(
-            "-m", "--model", help="Model folder; needed by --what coder.", show_default="SD's and Tiny, random weights"
+            "-m",
+            "--model",
+            help="Folder or name; needed by --what coder.",
+            show_default="SD's and Tiny, random weights",
         ),
     ] = None,
     size: Annotated[int, typer.Option(min=1, help="vae: height and width in pixels.")] = 512,

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def latents_command(
     model: Annotated[
         Path,
-        typer.Argument(metavar="MODEL", help="A diffusers AutoencoderKL or AutoencoderTiny folder, or a pipeline's."),
+        typer.Argument(
+            metavar="MODEL", help="A diffusers AutoencoderKL or AutoencoderTiny folder, or a pipeline's; or a name."
+        ),
     ],
     data: Annotated[
         list[Path],
@@ -46,14 +48,16 @@ def latents_command(
     from codec.engine import Engine, EngineConfig
     from codec.images import EXTENSIONS
     from codec.launch import Launch
+    from codec.model_folder import resolve
     from eval.latent_measure import LatentsConfig
     from eval.latents import check, run_latents
 
     launch = Launch.from_environment()
     files.check_writable(out)
     sources = files.find(data, EXTENSIONS)[:limit]
-    engine = Engine.load(model, EngineConfig(device=device, dtype=dtype), launch.local, notes=note)
-    check(engine.model, model, size)
+    folder = resolve(model)
+    engine = Engine.load(folder, EngineConfig(device=device, dtype=dtype), launch.local, notes=note)
+    check(engine.model, folder, size)
     stated: Any = engine.model.network.config
     if launch.index == 0 and not isinstance(engine.model.normalisation.scale, float):
         names = "latents_mean and latents_std" if stated.get("latents_mean") else "bn.running_mean and bn.running_var"
@@ -68,7 +72,7 @@ def latents_command(
         f"--out={out}",
     ]
     config = LatentsConfig(size=size, seed=seed)
-    result, example = run_latents(engine, model, sources, config, launch, shlex.join(command))
+    result, example = run_latents(engine, folder, sources, config, launch, shlex.join(command))
     if launch.index == 0:
         _report(result, example, out, plots)
     # Only the first rank may fail: a launcher ends the others as soon as one does.

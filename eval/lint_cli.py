@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def lint_command(
     models: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="MODEL...", help="Folders of autoencoders, or of pipelines with one in vae/."),
+        typer.Argument(metavar="MODEL...", help="Folders of autoencoders, or of pipelines with one in vae/; or names."),
     ] = None,
     data: Annotated[
         list[Path] | None,
@@ -84,6 +84,7 @@ def _lint(
 ) -> tuple[list["Report"], list[str]]:
     """Return a report on each folder, and why others are no models."""
     from codec.engine import pick_device
+    from codec.model_folder import resolve
     from eval.lint import lint
     from eval.lint_pictures import N_PICTURES
 
@@ -95,7 +96,7 @@ def _lint(
         for folder in models:
             advance = partial(bar.advance, bar.add_task(folder.name, total=len(pictures) or N_PICTURES))
             try:
-                reports.append(lint(folder, pictures, ignore=ignore, device=where, step=advance))
+                reports.append(lint(resolve(folder), pictures, ignore=ignore, device=where, step=advance))
             except ModelError as exception:
                 refused.append(str(exception))
     return reports, refused

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from codec.model_folder import CODEC_JSON
 from eval.lint_findings import Findings
 
 Tensors = dict[str, torch.Tensor]
@@ -46,11 +47,19 @@ def read_tensors(folder: Path, findings: Findings) -> Tensors | None:
         return None
     narrow = sorted({_dtype(tensor) for tensor in tensors.values() if tensor.is_floating_point()} - {"F32", "F64"})
     wide = any(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors.values())
-    if narrow and not wide and not findings.has("weights-variant"):
+    if narrow and not wide and not findings.has("weights-variant") and not _meant_half(folder):
         what = f"all tensors are {', '.join(narrow)}: enough to use the model, too little to train it further"
         mend = f"publish the float32 weights, and these beside them as {_STEM}.fp16.safetensors (variant)"
         findings.add("weights-half", files[0].name, what, mend)
     return tensors
+
+
+def _meant_half(folder: Path) -> bool:
+    """Whether a model of the codec says that it was made in float16 alone, to come with the package."""
+    try:
+        return bool(json.loads((folder / CODEC_JSON).read_text(encoding="utf-8"))["shipped"] == "float16")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _find(folder: Path, findings: Findings) -> list[Path]:

@@ -30,7 +30,8 @@ def prefer_command(
         typer.Option(metavar="OUT", help="Score answers to the page in this folder.", show_default=False),
     ] = None,
     model: Annotated[
-        list[Path] | None, typer.Option("-m", "--model", help="Model folder; may be repeated.", show_default=False)
+        list[Path] | None,
+        typer.Option("-m", "--model", help="Folder or name; may be repeated.", show_default=False),
     ] = None,
     baselines: Annotated[
         str, typer.Option(help="Classical codecs, of jpeg, webp, avif, jxl; '' for none.")

@@ -27,7 +27,7 @@ def rd_command(
         typer.Option(
             "-m",
             "--model",
-            help="Model folder, ours or any diffusers autoencoder's (see --fit-images); may be repeated. Without it "
+            help="Folder or name, ours or any diffusers autoencoder's (see --fit-images); may be repeated. Without it "
             "only classical codecs are measured.",
         ),
     ] = None,

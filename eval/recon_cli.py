@@ -30,7 +30,7 @@ DEFAULT_PROTOCOL = "folder-256"
 def recon_command(
     models: Annotated[
         list[Path],
-        typer.Argument(metavar="MODEL...", help="Folders of diffusers autoencoders (KL, Tiny, VQ), or of pipelines."),
+        typer.Argument(metavar="MODEL...", help="Folders of autoencoders (KL, Tiny, VQ) or of pipelines, or names."),
     ],
     data: Annotated[
         list[Path], typer.Option("--data", help="Images, or a folder searched for images; may be repeated.")

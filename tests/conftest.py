@@ -26,6 +26,7 @@ def _nothing_from_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iter
         patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
         for name in ("LATENT_CODEC_FEATURES", "CODEC_MODELS"):
             patch.delenv(name, raising=False)
+        patch.setattr(model_folder, "PACKAGE_MODELS", tmp_path_factory.mktemp("none"))
         yield
 
 

@@ -23,6 +23,7 @@ from codec.conditional_kl import NO_CLASS
 from codec.errors import UsageError
 from codec.latent_model import LatentModel, latent_model
 from codec.latent_transform import LatentTransform
+from codec.model_folder import resolve
 from codec.pixels import to_float
 from codec.shards import SampleRef
 from train import draws as positions_draws
@@ -131,7 +132,7 @@ class AutoencoderTask:
     def _build_adversary(self) -> Adversary:
         discriminator = build_discriminator(self._config.adversarial, self._image.judged_count)
         base, self._has_warm_critic = self._config.model.init_from, False
-        state = load_discriminator_state(Path(base)) if base else None
+        state = load_discriminator_state(resolve(base)) if base else None
         if state is not None:  # released with the model: spares a cold start
             shapes = {name: tensor.shape for name, tensor in discriminator.state_dict().items()}
             if {name: tensor.shape for name, tensor in state.items()} == shapes:

@@ -22,6 +22,7 @@ from train.prior.sample_cli import sample_command
 from train.race.cli import race_command
 from train.recipe import load_any, recipe_names
 from train.shards_cli import shards_command
+from train.ship_cli import ship_command
 
 app = console.application(
     "codec-train",
@@ -44,6 +45,7 @@ app.command("export")(export_command)
 app.command("import")(import_command)
 app.command("race")(race_command)
 app.command("sample")(sample_command)
+app.command("ship")(ship_command)
 app.add_typer(head_app, name="head")
 
 

@@ -17,11 +17,11 @@ class ModelConfig:
     """kl: AutoencoderKL; tiny: AutoencoderTiny, without variance, norms and attention; vq: VQModel, or with
     vq.coarse_codebook_size a model of two levels; see `vq`."""
     init_from: str = ""
-    """Folder of a diffusers autoencoder to start from; it decides family, widths and so on. Empty = from scratch."""
+    """Folder or name of an autoencoder to start from; it decides family, widths and so on. Empty = from scratch."""
     trainable: Literal["auto", "all", "decoder"] = "auto"
     """decoder: encoder and latents stay as they are; auto: decoder with init_from and 3 image_channels, else all."""
     teacher: str = ""
-    """Folder of a diffusers autoencoder whose latents an AutoencoderTiny learns (distillation); empty = none."""
+    """Folder or name of an autoencoder whose latents an AutoencoderTiny learns (distillation); empty = none."""
     teacher_weight: float = 1.0
     """Weight of the squared error (mean over B, D, h, w) of the latents against the teacher's normalized ones."""
     image_channels: int = 3

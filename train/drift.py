@@ -18,6 +18,7 @@ import torch
 from codec import console
 from codec.errors import ModelError, UsageError
 from codec.latent_model import LatentModel, Posterior, load_latent_model
+from codec.model_folder import resolve
 from codec.pixels import to_float, to_uint8
 from codec.shards import SampleRef
 from codec.statistics import LatentStatistics
@@ -71,7 +72,7 @@ def export_drift(
     found = whole_images(samples, SIDE, new.f, bad=[], channels=image_channels_of(new.network))
     what = "held-out images" if held_out else "training images"
     try:
-        return {"drift": drift_of(Path(base), out, (image for _, image in found), device, what)}
+        return {"drift": drift_of(resolve(base), out, (image for _, image in found), device, what)}
     except (ModelError, UsageError) as exception:  # the base has gone away; no image can be read
         console.error(f"drift: not measured: {exception}")
         return {}

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def drift_command(
     base: Annotated[
-        Path, typer.Argument(metavar="BASE", help="The model that others rely on: a diffusers folder, or a pipeline's.")
+        Path,
+        typer.Argument(
+            metavar="BASE", help="The model that others rely on: a diffusers folder, or a pipeline's; or a name."
+        ),
     ],
     new: Annotated[Path, typer.Argument(metavar="NEW", help="The one that is to take its place.")],
     images: Annotated[
@@ -49,6 +52,7 @@ def drift_command(
 
     from codec.engine import pick_device
     from codec.latent_model import load_latent_model
+    from codec.model_folder import resolve
     from eval.results import write_json
     from train.drift import check_comparable, drift_lines, measure_drift
     from train.inflate import image_channels_of
@@ -56,7 +60,7 @@ def drift_command(
     from train.samples import find
 
     where = pick_device(device)
-    models = [load_latent_model(folder, where, image_channels=None) for folder in (base, new)]
+    models = [load_latent_model(resolve(folder), where, image_channels=None) for folder in (base, new)]
     check_comparable(models[0], models[1], str(base), str(new))
     f, channels = models[0].f, max(image_channels_of(model.network) for model in models)
     if side < f:

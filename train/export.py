@@ -140,6 +140,7 @@ def model_info(
         "scaling_factor": model.scaling_factor,
         "shift_factor": model.shift_factor,
         "latents_of": latents_of(config),
+        "licence": config.export.licence,
         "training": {"data": _describe_data(config, *counts), **record},
     }
 
@@ -155,10 +156,13 @@ def _tables(config: Config, measured: Measured, *, learned: bool) -> dict[str, A
 
 def coding_base(config: Config) -> ModelFolder | None:
     """Return the codec's part of the model whose decoder alone was trained; None where there is none."""
-    folder = Path(config.model.init_from)
-    if decoder_only(config.model) and config.model.init_from and model_folder.is_model_folder(folder):
-        return model_folder.read(folder)
-    return None
+    if not (decoder_only(config.model) and config.model.init_from):
+        return None
+    try:
+        folder = model_folder.resolve(config.model.init_from)
+    except ModelError:  # it has gone away since
+        return None
+    return model_folder.read(folder) if model_folder.is_model_folder(folder) else None
 
 
 def _describe_data(config: Config, n_training: int, n_validation: int) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from codec import options
+from codec import model_folder, options
 from codec.console import Exit, error, note
 from codec.errors import ModelError, UsageError
 
@@ -20,7 +20,7 @@ def export_command(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="A run folder (its newest checkpoint), or one checkpoint; or a model folder, or any diffusers folder.",
+            help="A run folder (its newest checkpoint), or one checkpoint; or a model: a diffusers folder or a name.",
         ),
     ],
     out: Annotated[
@@ -77,6 +77,7 @@ def export_command(
 
     Example: codec-train export runs/first -o first-vae --fp16 --onnx
     """
+    source = _named(source, out)
     kind = _kind_of_run(source)
     if kind in ("prior", "head"):
         if single_file or fp16 or onnx or preview or licence or force:
@@ -118,6 +119,15 @@ def export_command(
     for name, reason in bad:
         error(f"{name}: {reason} (left out of the preview)")
     return Exit.SOME_FAILED if bad else Exit.OK
+
+
+def _named(source: Path, out: Path | None) -> Path:
+    """Return the folder of a model that was named, which stays as it is; anything else as it was given."""
+    if source.exists() or str(source) not in (known := model_folder.by_name()):
+        return source
+    if out is None:
+        raise UsageError(f"{source}: a model that is installed stays as it is; name another folder with -o")
+    return known[str(source)]
 
 
 def _kind_of_run(source: Path) -> str:

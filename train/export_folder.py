@@ -101,6 +101,8 @@ def _export(
     if fitted is not None:
         preview.write(target, fitted)
     update_card(target, network, how.licence)
+    if how.licence:
+        facts.update(target, licence=how.licence)
     figures: dict[str, Any] = {"folder": str(target), "files": [str(path.relative_to(target)) for path in written]}
     figures |= {} if half is None else {"float16": half.to_json()}
     return figures | ({} if fitted is None else {"preview_r2": [round(float(share), 4) for share in fitted.r2]})

@@ -168,7 +168,7 @@ class LatentTerms:
 
 
 def _load_teacher(config: Config, student: LatentModel) -> LatentModel:
-    teacher = latent_model(load_teacher(Path(config.model.teacher)))
+    teacher = latent_model(load_teacher(config.model.teacher))
     if student.family != "tiny":
         raise UsageError(f"model.teacher: {config.model.init_from} is no AutoencoderTiny; only those are students")
     check_teacher(teacher, student)
@@ -182,7 +182,7 @@ def _load_anchor(config: Config, model: LatentModel) -> LatentAnchor:
         raise UsageError(
             f"latents.anchor_weight = {weight:g}: held to what? Set model.init_from or latents.anchor=FOLDER"
         )
-    reference = latent_model(load_reference(Path(folder), "latents.anchor"))
+    reference = latent_model(load_reference(folder, "latents.anchor"))
     check_latents(reference, model, "latents.anchor")
     if config.latents.anchor_deviation and not reference.family == model.family == "kl":
         raise UsageError("latents.anchor_deviation = true: only where the network and its anchor have a variance")

@@ -147,7 +147,7 @@ class LatentConfig:
     """Weight of the squared error of the latents against a frozen autoencoder's, both normalized as that one's are
     (mean over B, D, h, w): holds a full fine-tune to latents that others use."""
     anchor: str = ""
-    """Folder of that autoencoder; empty = model.init_from."""
+    """Folder or name of that autoencoder; empty = model.init_from."""
     anchor_deviation: bool = False
     """Hold on to the posterior's deviation too: its squared error, in the same units, is added (kl)."""
     alignment_weight: float = 0.0

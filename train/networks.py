@@ -17,6 +17,7 @@ from codec.codebook_model import CodebookModel
 from codec.conditional_kl import ConditionalAutoencoderKL
 from codec.errors import UsageError
 from codec.latent_model import LatentModel, load_network
+from codec.model_folder import resolve
 from codec.two_level import TwoLevelModel, TwoLevelVQModel
 from train.config import ModelConfig
 from train.inflate import image_channels_of, inflate
@@ -46,7 +47,7 @@ def build_network(
             to see more channels; a class that cannot be trained; more image channels than asked for.
     """
     if config.init_from:
-        base = load_network(Path(config.init_from), image_channels=None)
+        base = load_network(resolve(config.init_from), image_channels=None)
         if not isinstance(base, _TRAINED):
             *names, last = (kind.__name__ for kind in _TRAINED)
             raise UsageError(
@@ -95,7 +96,7 @@ def freeze_encoder(network: nn.Module) -> None:
         parameter.requires_grad_(name.startswith(("decoder.", "post_quant_conv.", "coarse_upsample.")))
 
 
-def load_teacher(folder: Path) -> nn.Module:
+def load_teacher(folder: str | Path) -> nn.Module:
     """Load the autoencoder whose latents a student shall learn; frozen, in evaluation mode, float32, on the CPU.
 
     A student's raw latents are its teacher's normalized ones, as in TAESD: an AutoencoderTiny decodes nothing beyond
@@ -108,18 +109,18 @@ def load_teacher(folder: Path) -> nn.Module:
     return load_reference(folder, "model.teacher")
 
 
-def load_reference(folder: Path, field: str) -> nn.Module:
+def load_reference(folder: str | Path, field: str) -> nn.Module:
     """Load an autoencoder whose latents another one is held to; frozen, in evaluation mode, float32, on the CPU.
 
     Args:
-        folder: of a diffusers autoencoder, or of a pipeline with one in `vae/`.
+        folder: of a diffusers autoencoder, or of a pipeline with one in `vae/`; or the name of an available model.
         field: of the recipe, for the message.
 
     Raises:
         ModelError: see `codec.latent_model.load_network`.
         UsageError: a VQ model, whose latents are indices to those who use them.
     """
-    network = load_network(folder, image_channels=None)
+    network = load_network(resolve(folder), image_channels=None)
     if isinstance(network, VQModel | TwoLevelVQModel):
         name = type(network).__name__
         raise UsageError(f"{field}: a {name}; only of autoencoders with continuous latents can another one learn")

@@ -587,7 +587,7 @@ def test_mistakes_are_one_line(
     for argv, code, message in (
         (command(tmp_path / "empty", model_dir, out), 2, "no shards here"),
         (command(tmp_path / "nowhere", model_dir, out), 2, "no such folder"),
-        (command(shards, tmp_path / "nowhere", out), 3, "no such model"),
+        (command(shards, tmp_path / "nowhere", out), 3, "no model of that name"),
         (command(shards, model_dir, tmp_path / "home"), 2, "not a latent cache"),
         (command(shards, model_dir, tmp_path / "home/letter.txt"), 2, "cannot write here"),
         (command(shards, model_dir, out, "--size", "33"), 2, "expected a multiple of 2"),

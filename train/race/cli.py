@@ -30,7 +30,7 @@ _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}  # of tra
 
 def race_command(
     models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL...", help="Folders of diffusers autoencoders, or of pipelines.")
+        list[Path], typer.Argument(metavar="MODEL...", help="Folders of autoencoders or of pipelines, or names.")
     ],
     data: Annotated[
         Path,
