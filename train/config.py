@@ -136,6 +136,9 @@ class DataConfig:
     """Processes that read images, per rank; 0 = read in the training process."""
     cache_mb: float = 0.0
     """Decoded images that each worker keeps in memory, 10^6 bytes: spares small sets their decoding; 0 = none."""
+    memory: Literal["none", "device"] = "none"
+    """device: indexed RGB images are all decoded once, held as uint8 where the networks are (on each rank's GPU), and
+    crops are cut there, the same ones; without workers. none: images are read when their turn comes."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the samples read could not be used (and more than 10)."""
 
@@ -171,6 +174,9 @@ class DataConfig:
         plain = (self.mode, self.sides, self.aspect_buckets, self.random_resize) == ("indexed", (self.crop,), 0, 1)
         why = "false with data.mode streaming, crops, final_crop, aspect_buckets or random_resize"
         require(plain or not self.whole, "data.whole", self.whole, why)
+        cut = (self.mode, self.aspect_buckets, self.random_resize, self.whole) == ("indexed", 0, 1, False)
+        why = "none with data.mode streaming, random_resize, aspect_buckets or whole: its crops are not resized"
+        require(cut or self.memory == "none", "data.memory", self.memory, why)
         require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, ">= 1")
         require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "0..1")
         require(0 <= self.final_part <= 1, "data.final_part", self.final_part, "0..1")
@@ -379,6 +385,7 @@ class Config:
             ("export.formats", self.export.formats, "onnx" not in self.export.formats, "none of onnx"),
         ):
             require(fits, name, value, f"{allowed} with model.condition {model.condition}")
+            require(data.memory == "none", "data.memory", data.memory, f"none {why}")
 
     def check_vq(self) -> None:
         """Raise ValueError where something is asked for that a VQModel cannot have; also called for one of a folder."""

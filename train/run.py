@@ -55,7 +55,8 @@ def prepare(config: Config) -> Trainer:
         training, validation = _samples(config, quiet=not accelerator.is_main_process)
     set_seed(config.run.seed)
     task = AutoencoderTask(config, training, validation)
-    feed = Feed(config, training, task.f, accelerator.process_index, accelerator.num_processes, task.classes)
+    rank, n_ranks = accelerator.process_index, accelerator.num_processes
+    feed = Feed(config, training, task.f, rank, n_ranks, task.classes, accelerator.device)
     task.check_shapes(feed.shapes)
     trainer = Trainer(config, task, feed, accelerator)
     if state is not None:
