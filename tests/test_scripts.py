@@ -21,3 +21,11 @@ def test_the_entry_point_runs_its_command(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
 def test_shell_scripts_parse(script: Path) -> None:
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+
+
+def test_the_entry_point_of_a_go_runs_its_command(tmp_path: Path) -> None:
+    more = ["--photos", str(tmp_path), "-o", str(tmp_path / "out"), "--state", str(tmp_path / "nowhere")]
+    command = [sys.executable, str(SCRIPTS / "train_shipped.py"), "tiny", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such state; leave --state out in the first go\n"
