@@ -111,6 +111,7 @@ def training_lines(info: Mapping[str, Any], config: Config, how: str) -> list[st
         f"- {record.get('images_seen', 'n/a')} images seen in {record.get('steps', 'n/a')} steps, "
         f"{record.get('time_s', 0) / 60:.1f} minutes; crops of {crops} pixels",
         f"- {_start_line(config)}",
+        *([f"- continued, {record['goes']} goes: the optimizers began anew in each"] if "goes" in record else []),
         *_image_lines(config),
         f"- loss: {record.get('losses', 'n/a')}" + ("" if config.adversarial.weight else "; no discriminator"),
         f"- AdamW, lr {config.optim.lr:g}, {config.optim.schedule}; these are the averaged weights (EMA "

@@ -167,8 +167,8 @@ _PRESENCE = ("adversarial.weight", "rate.probability", "latents.alignment_weight
 # What changes nothing that a resumed run computes, besides where it ends.
 _FREE = (
     "run.out", "run.resume", "run.log_every", "run.validate_every", "run.checkpoint_every", "run.keep_last",
-    "run.trackers", "run.n_images", "run.time_limit_min", "run.max_nonfinite", "data.workers", "data.cache_mb",
-    "export.",
+    "run.trackers", "run.n_images", "run.time_limit_min", "run.max_nonfinite", "run.continue_from", "run.state",
+    "data.workers", "data.cache_mb", "data.memory", "export.",
 )  # fmt: skip
 
 

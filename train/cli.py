@@ -12,8 +12,10 @@ from codec import console
 from codec.console import Exit
 from train.bench_cli import bench_command
 from train.cache.cli import cache_bench_command, cache_command
+from train.compact_cli import compact_command
 from train.drift_cli import drift_command
 from train.export_cli import export_command
+from train.go_cli import go_command
 from train.head.config import HeadConfig
 from train.head.tools_cli import app as head_app
 from train.importing.cli import import_command
@@ -40,8 +42,10 @@ app.command("shards")(shards_command)
 app.command("bench")(bench_command)
 app.command("cache")(cache_command)
 app.command("cache-bench")(cache_bench_command)
+app.command("compact")(compact_command)
 app.command("drift")(drift_command)
 app.command("export")(export_command)
+app.command("go")(go_command)
 app.command("import")(import_command)
 app.command("race")(race_command)
 app.command("sample")(sample_command)

@@ -145,6 +145,9 @@ class DataConfig:
     """Processes that read images, per rank; 0 = read in the training process."""
     cache_mb: float = 0.0
     """Decoded images that each worker keeps in memory, 10^6 bytes: spares small sets their decoding; 0 = none."""
+    memory: Literal["none", "device"] = "none"
+    """device: indexed RGB images are all decoded once, held as uint8 where the networks are (on each rank's GPU), and
+    crops are cut there, the same ones; without workers. none: images are read when their turn comes."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the samples read could not be used (and more than 10)."""
 
@@ -180,6 +183,9 @@ class DataConfig:
         plain = (self.mode, self.sides, self.aspect_buckets, self.random_resize) == ("indexed", (self.crop,), 0, 1)
         why = "false with data.mode streaming, crops, final_crop, aspect_buckets or random_resize"
         require(plain or not self.whole, "data.whole", self.whole, why)
+        cut = (self.mode, self.aspect_buckets, self.random_resize, self.whole) == ("indexed", 0, 1, False)
+        why = "none with data.mode streaming, random_resize, aspect_buckets or whole: its crops are not resized"
+        require(cut or self.memory == "none", "data.memory", self.memory, why)
         require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, ">= 1")
         require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "0..1")
         require(0 <= self.final_part <= 1, "data.final_part", self.final_part, "0..1")
@@ -205,6 +211,9 @@ class OptimConfig:
     """Learning rate at the end / at the peak (cosine)."""
     warmup_images: int = 2000
     """Images over which the learning rate grows linearly from 0."""
+    rewarm_images: int = 1000
+    """The same at the start of each further go (run.continue_from), whose optimizers know nothing yet: up to what the
+    schedule asks for there."""
     clip_norm: float = 1.0
     """Largest gradient norm of a group of parameters (network; steps and densities; discriminator); 0 = no clipping."""
     batch_size: int = 16
@@ -219,7 +228,8 @@ class OptimConfig:
         require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "0 <= beta < 1 each")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
         require(0 <= self.final_lr_ratio <= 1, "optim.final_lr_ratio", self.final_lr_ratio, "0..1")
-        require(self.warmup_images >= 0, "optim.warmup_images", self.warmup_images, ">= 0")
+        for name in ("warmup_images", "rewarm_images"):
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), ">= 0")
         require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0")
         require(self.batch_size >= 1, "optim.batch_size", self.batch_size, ">= 1")
         require(self.accumulate >= 1, "optim.accumulate", self.accumulate, ">= 1")
@@ -254,8 +264,14 @@ class RunConfig:
     """Run folder; new or empty, unless the run is resumed."""
     resume: str = ""
     """auto: go on from the newest sound checkpoint of `out`, if there is one; a path: from that checkpoint."""
+    continue_from: str = ""
+    """Compact state of a run (`codec-train compact`) that a new go continues: weights, averages, discriminator and
+    position are its, the optimizers begin anew. Not looked at where `resume` finds a checkpoint. Empty = none."""
+    state: str = ""
+    """File of the compact state, written at the start and with every checkpoint, in place of the one before; at most
+    64 MiB. Empty = none."""
     n_images: int = 1_000_000
-    """Length of the run in images seen, over all ranks."""
+    """Length of the run in images seen, over all ranks and all goes."""
     time_limit_min: float = 0.0
     """Ends the run (and its schedule) after so many minutes of training (validation, checkpoints and export not
     counted) if n_images is not reached; 0 = no limit."""
@@ -278,6 +294,8 @@ class RunConfig:
     """Images between validations."""
     checkpoint_every: int = 100_000
     """Images between checkpoints; the end of the run always writes one."""
+    checkpoint_every_min: float = 0.0
+    """Minutes of the clock after a checkpoint until another one is written, whatever `checkpoint_every`; 0 = never."""
     keep_last: int = 2
     """Checkpoints kept besides the best (by the validation's loss)."""
     trackers: tuple[str, ...] = ()
@@ -286,7 +304,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(self.n_images >= 1, "run.n_images", self.n_images, ">= 1")
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "0..2^32 - 1")
-        require(self.time_limit_min >= 0, "run.time_limit_min", self.time_limit_min, ">= 0")
+        for name in ("time_limit_min", "checkpoint_every_min"):
+            require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), ">= 0")
+        goes = self.continue_from != "" or self.state != ""
+        why = "0 with run.continue_from or run.state: the schedule of all goes is that of run.n_images"
+        require(not goes or self.time_limit_min == 0, "run.time_limit_min", self.time_limit_min, why)
+        one = self.continue_from == "" or self.resume in ("", "auto")
+        require(one, "run.resume", self.resume, "auto or empty with run.continue_from: only one of them can count")
         require(
             all(tracker in ("tensorboard", "wandb") for tracker in self.trackers),
             "run.trackers",
@@ -295,6 +319,11 @@ class RunConfig:
         )
         for name in ("log_every", "validate_every", "checkpoint_every", "keep_last", "max_nonfinite"):
             require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
+
+    def refuse_goes(self, task: str) -> None:
+        """Raise ValueError where a run of a task that is not trained in goes shall be."""
+        for name in ("continue_from", "state"):
+            require(getattr(self, name) == "", f"run.{name}", getattr(self, name), f"empty with task {task}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +396,7 @@ class Config:
         if count != 3 or data.samples == "npy":
             why = f"with model.image_channels {count} and data.samples {data.samples}"
             require(data.mode == "indexed", "data.mode", data.mode, f"indexed {why}")
+            require(data.memory == "none", "data.memory", data.memory, f"none {why}")
             require(self.model.teacher == "", "model.teacher", self.model.teacher, f"empty {why}")
 
     def _check_anchor(self) -> None:

@@ -25,14 +25,18 @@ def random_crop(image: Picture, side: int, rng: np.random.Generator, largest: fl
     Returns:
         (side, side, C) uint8.
     """
-    image = _at_least(image, side)
+    image = at_least(image, side)
     width, height = image.size
     largest = min(largest, min(height, width) / side)
     if largest > 1:
         return _resized_piece(image, side, side, largest ** rng.random(), rng)
-    top = int(rng.integers(height - side + 1))
-    left = int(rng.integers(width - side + 1))
+    top, left = corner(height, width, side, rng)
     return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+def corner(height: int, width: int, side: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Draw the (top, left) of a square of `side` pixels in an image of (height, width), neither of them smaller."""
+    return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
 
 
 def cover_crop(image: Picture, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -58,20 +62,26 @@ def centre_cover(image: np.ndarray, side: int) -> np.ndarray:
 
 def mirrored(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Turn left and right around, or not, with equal chance."""
-    return image[:, ::-1] if rng.random() < 0.5 else image
+    return image[:, ::-1] if turns(rng) else image
+
+
+def turns(rng: np.random.Generator) -> bool:
+    """Draw whether an image is mirrored."""
+    return bool(rng.random() < 0.5)
 
 
 def centre_crop(image: np.ndarray, side: int, multiple: int) -> np.ndarray:
     """Cut the middle of an image: sides at most `side`, multiples of `multiple` (small images are enlarged to one)."""
     if min(image.shape[:2]) < multiple:
         picture = Image.fromarray(image) if image.shape[2] == 3 else Bands(image)
-        image = np.asarray(_at_least(picture, multiple))
+        image = np.asarray(at_least(picture, multiple))
     height, width = (min(side, n) // multiple * multiple for n in image.shape[:2])
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
     return image[top : top + height, left : left + width]
 
 
-def _at_least(image: Picture, side: int) -> Picture:
+def at_least(image: Picture, side: int) -> Picture:
+    """Return an image whose sides are at least `side` pixels: itself, or enlarged (Lanczos)."""
     if min(image.size) >= side:
         return image
     longest = _LONGEST * min(image.size)  # enlarging a hair-thin strip would fill the memory

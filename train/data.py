@@ -8,9 +8,9 @@ a run is resumed by its position alone. Where the shape of a batch varies it is 
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from train.signals import leave_to_the_run
 
 _ORDER, _PIECE, _SIDE = 0, 1, 3  # which numbers are drawn with a seed; 2 is the trainer's noise
 _REPLACEMENTS = 16  # unreadable samples in a row at one position before the run gives up
+Found = TypeVar("Found")
 
 
 def split(samples: Sequence[SampleRef], n_validation: int) -> tuple[list[SampleRef], list[SampleRef]]:
@@ -114,31 +115,49 @@ class SampleSequence(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Return image (C, H, W) float32 in [-1, 1], key, label (with classes), and the `BadSample`s met on the way.
 
+        Raises:
+            UsageError: see `find`.
+        """
+        image, (height, width), rng, told = self.find(position, self._load)
+        if self._buckets is not None or self.config.whole:
+            crop = cover_crop(image, height, width, rng)
+        else:
+            crop = random_crop(image, width, rng, self.config.random_resize)
+        crop = finished(crop, image)
+        crop = mirrored(crop, rng) if self.config.flip else crop
+        return {"image": to_float(crop), **told}
+
+    def find(
+        self, position: int, load: Callable[[SampleRef], Found]
+    ) -> tuple[Found, tuple[int, int], np.random.Generator, dict[str, Any]]:
+        """Return what stands at a position, before its piece is cut out.
+
         An unreadable sample keeps its position: its replacement is drawn from (seed, position) too.
+
+        Args:
+            position: in the sequence.
+            load: gives a sample's image; raises ImageError or OSError where it cannot be read.
+
+        Returns:
+            The image, (height, width) of the piece in pixels, what draws its place, and key, label and bad samples.
 
         Raises:
             UsageError: too many unreadable samples in a row.
         """
         rng = np.random.default_rng((self._seed, _PIECE, position))
         index = self._index(position)
-        height, width = self._shape(position, index)
+        shape = self._shape(position, index)
         sample = self.samples[index]
         bad: list[BadSample] = []
         for _ in range(_REPLACEMENTS):
             try:
-                image = self._load(sample)
+                image = load(sample)
             except (ImageError, OSError) as exception:
                 bad.append(bad_sample(sample.key, sample.name, exception))
                 sample = self.samples[int(rng.integers(len(self.samples)))]
                 continue
-            if self._buckets is not None or self.config.whole:
-                crop = cover_crop(image, height, width, rng)
-            else:
-                crop = random_crop(image, width, rng, self.config.random_resize)
-            crop = finished(crop, image)
-            crop = mirrored(crop, rng) if self.config.flip else crop
             told = {"label": self._labels[str(sample.label)]} if self._labels else {}
-            return {"image": to_float(crop), "key": sample.key, "bad": bad, **told}
+            return image, shape, rng, {"key": sample.key, "bad": bad, **told}
         raise UsageError(f"{_REPLACEMENTS} unreadable samples in a row; the first: {bad[0].key}: {bad[0].reason}")
 
     def require_whole_batches(self, batch_size: int, start: int) -> None:
@@ -195,7 +214,7 @@ class SampleSequence(Dataset[dict[str, Any]]):
         return [float(ratio) for ratio in self._ratios[np.unique(self._buckets)]]
 
 
-class _RankBatches(Sampler[list[int]]):
+class RankBatches(Sampler[list[int]]):
     """Positions of one rank: global batch n holds positions n * B * ranks ..., each rank takes its contiguous share."""
 
     def __init__(self, batch_size: int, rank: int, n_ranks: int, start: int) -> None:
@@ -237,7 +256,7 @@ def batches(
     sequence.require_whole_batches(batch_size, start)
     return DataLoader(
         sequence,
-        batch_sampler=_RankBatches(batch_size, rank, n_ranks, start),
+        batch_sampler=RankBatches(batch_size, rank, n_ranks, start),
         num_workers=workers,
         collate_fn=collate,
         persistent_workers=False,

@@ -4,11 +4,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from codec.errors import UsageError
 from codec.shards import SampleRef
 from train.bad_samples import BadSamples
 from train.config import Config
 from train.data import SampleSequence, batches, describe_data, is_final
+from train.memory import MemoryImages
 from train.streaming import check_stream, stream_batches
 
 
@@ -27,6 +30,7 @@ class Feed:
         rank: int,
         n_ranks: int,
         classes: Sequence[str] = (),
+        device: torch.device | None = None,
     ) -> None:
         """Lay out the data; a stream is opened once, to see that it gives anything.
 
@@ -37,6 +41,7 @@ class Feed:
             rank: this rank.
             n_ranks: how many there are. Data are divided among them here, and nowhere else.
             classes: names of the labels 0, 1, ..., where batches have to have labels.
+            device: that `data.memory` holds the images on; None = the CPU.
 
         Raises:
             UsageError: the stream's shards cannot be read.
@@ -45,6 +50,7 @@ class Feed:
         self._rank, self._n_ranks = rank, n_ranks
         self.bad = BadSamples(Path(config.run.out) / "bad_samples.jsonl", config.data.max_bad_share)
         self._sequence: SampleSequence | None = None
+        self._memory: MemoryImages | None = None
         if config.data.mode == "indexed":
             self._sequence = SampleSequence(
                 samples,
@@ -56,6 +62,9 @@ class Feed:
                 classes=classes,
             )
             self._text = describe_data(self._sequence, n_ranks)
+            if config.data.memory == "device":
+                self._memory = MemoryImages(self._sequence, device or torch.device("cpu"))
+                self._text += f"; {self._memory.size_bytes / 1e9:.2f} GB of images in memory, without workers"
         else:
             self._text = check_stream(config.data, n_ranks)
 
@@ -89,7 +98,9 @@ class Feed:
         data, size = self._config.data, self._config.optim.batch_size
         where = {"rank": self._rank, "n_ranks": self._n_ranks, "start": start}
         try:
-            if self._sequence is not None:
+            if self._memory is not None and self._sequence is not None:
+                yield from self._memory.batches(self._sequence.stage(share), size, **where)
+            elif self._sequence is not None:
                 yield from batches(self._sequence.stage(share), size, data.workers, **where)
             else:
                 yield from stream_batches(data, size, self._config.run.seed, **where, final=is_final(data, share))

@@ -32,9 +32,12 @@ class Progress:
         return min(1.0, max(self.images / n_images, of_time))
 
 
-def run_record(progress: Progress, validation: dict[str, float], n_bad: int, task: Task) -> dict[str, Any]:
-    """Return what a run knows about itself, for the model card."""
+def run_record(
+    progress: Progress, validation: dict[str, float], n_bad: int, task: Task, goes: int = 1
+) -> dict[str, Any]:
+    """Return what a run knows about itself, for the model card; `goes`: how many it took, see `train.compact`."""
     return {
+        **({"goes": goes} if goes > 1 else {}),
         "images_seen": progress.images,
         "steps": progress.step,
         "time_s": round(progress.time_s, 1),

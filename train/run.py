@@ -1,5 +1,6 @@
 """Puts a run together: config -> shards -> task -> trainer. What a user can get wrong is checked before training."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -13,6 +14,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from codec import console
 from codec.errors import UsageError
 from codec.shards import SampleRef, read_index
+from train import compact
 from train.autoencoder import AutoencoderTask
 from train.averaging import averaged
 from train.checkpoint import Checkpoints, compare, load
@@ -48,6 +50,7 @@ def prepare(config: Config) -> Trainer:
         check_packages()
     out = check_run_folder(config.run.out, config.run.resume)
     state = state_to_resume(config, out)
+    begin = None if state is not None else state_to_continue(config)
     accelerator = make_accelerator(log_with=list(config.run.trackers) or None, project_dir=str(out))
     if config.run.precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("run.precision = fp16: on CPUs take bf16 or no")
@@ -55,14 +58,29 @@ def prepare(config: Config) -> Trainer:
         training, validation = _samples(config, quiet=not accelerator.is_main_process)
     set_seed(config.run.seed)
     task = AutoencoderTask(config, training, validation)
-    feed = Feed(config, training, task.f, accelerator.process_index, accelerator.num_processes, task.classes)
+    rank, n_ranks = accelerator.process_index, accelerator.num_processes
+    feed = Feed(config, training, task.f, rank, n_ranks, task.classes, accelerator.device)
     task.check_shapes(feed.shapes)
     trainer = Trainer(config, task, feed, accelerator)
     if state is not None:
         check_same(state["task"].get("classes", ()), task.classes, "the run cannot go on")
         trainer.resume(state)
         set_aside_branches(trainer)
+    elif begin is not None:
+        check_same(begin["task"].get("classes", ()), task.classes, "the run cannot be continued")
+        trainer.continue_from(begin)
+    _note_photographs(trainer, training)
     return trainer
+
+
+def _note_photographs(trainer: Trainer, training: Sequence[SampleRef]) -> None:
+    """Put what is trained on into the go's record, and say where it is not what the go before was trained on."""
+    text = " ".join(sorted(sample.sha256 for sample in training))
+    own = hashlib.sha256(text.encode()).hexdigest()[:16]
+    before = [go["photographs"] for go in trainer.goes if "photographs" in go]
+    if before and before[-1] != own and trainer.ranks.main:
+        console.error("other training images than before: some that are held out now may have been trained on")
+    trainer.goes[-1]["photographs"] = own
 
 
 def set_aside_branches(trainer: Trainer) -> None:
@@ -106,7 +124,7 @@ def export(folder: Path, out: Path | None = None, licence: str = "", wanted: Wan
     if task.critic is not None:
         task.critic.load_state_dict(state["critic_module"])
     n_bad = sum(sum(rank["bad"]["counts"].values()) for rank in state["ranks"])
-    record = run_record(Progress(**state["progress"]), state["validation"], n_bad, task)
+    record = run_record(Progress(**state["progress"]), state["validation"], n_bad, task, len(compact.goes_of(state)))
     out = out or checkpoints.parent / "model"
     return task.export(average.module, out, record, torch.device("cpu")) | {"folder": str(out)}
 
@@ -153,6 +171,24 @@ def state_to_resume(config: LoopConfig, out: Path) -> dict[str, Any] | None:
         raise UsageError(f"{path}: cannot be resumed with a changed model: {_list(impossible)}")
     if other:
         console.error(f"{path}: resumed with a changed recipe: {_list(other)}")
+    return state
+
+
+def state_to_continue(config: Config) -> dict[str, Any] | None:
+    """Read the compact state that a new go shall continue, and check that it fits; None for a new run."""
+    if not config.run.continue_from:
+        return None
+    path = Path(config.run.continue_from)
+    state = compact.read(path)
+    before = any_from_dict(state["config"])
+    impossible, other = compare(before.to_dict(), config.to_dict())
+    if impossible:
+        raise UsageError(f"{path}: cannot be continued with a changed model: {_list(impossible)}")
+    for name in ("n_images", "time_limit_min"):  # free where a run is resumed; here they say where the schedule stands
+        then, now = getattr(before.run, name), getattr(config.run, name)
+        other += [f"run.{name} {then} -> {now}, and the schedule with it"] if then != now else []
+    if other:
+        console.error(f"{path}: continued with a changed recipe: {_list(other)}")
     return state
 
 

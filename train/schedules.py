@@ -57,10 +57,15 @@ def learning_rate_factor(
         images_seen: so far.
         share: of the run that is done, 0..1.
     """
-    warm = min(1.0, images_seen / warmup_images) if warmup_images else 1.0
+    warm = warmed(warmup_images, images_seen)
     if schedule == "constant":
         return warm
     return warm * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def warmed(length: int, images: int) -> float:
+    """Return the part of the rate that a linear warm-up lets through after so many images, 0..1; length 0 = all."""
+    return min(1.0, images / length) if length else 1.0
 
 
 def kl_factor(schedule: str, ramp: Moment, cycles: int, cycle_ramp: float, images_seen: int, share: float) -> float:

@@ -1,4 +1,4 @@
-"""Signals that end a run: noted when they come, obeyed after the step."""
+"""What ends a run before its end: signals, noted when they come, and the clock; obeyed after the step."""
 
 import signal
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-SAVE, INTERRUPT = 1, 2
+STOP, SAVE, INTERRUPT = 1, 2, 3  # of what several ranks ask for the largest counts
 _SIGNALS = {"SIGTERM": SAVE, "SIGUSR1": SAVE, "SIGINT": INTERRUPT}
 
 
@@ -15,7 +15,8 @@ class Request:
     """What the signals so far ask for.
 
     Attributes:
-        kind: 0 nothing, SAVE (SIGTERM, SIGUSR1: save, exit 0) or INTERRUPT (SIGINT: save, exit 130).
+        kind: 0 nothing, SAVE (SIGTERM, SIGUSR1: save, exit 0) or INTERRUPT (SIGINT: save, exit 130). The loop itself
+            adds STOP (its time is over: validate, save, exit 0).
     """
 
     kind: int = 0

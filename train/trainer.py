@@ -23,7 +23,7 @@ from torch import nn
 
 from codec import console
 from codec.errors import UsageError
-from train import signals
+from train import compact, signals
 from train.averaging import averaged, lag
 from train.bad_samples import TooManyBadError
 from train.checkpoint import Checkpoints, digest, random_state, set_random_state
@@ -32,7 +32,7 @@ from train.module import force_eager
 from train.precision import Side, autocast
 from train.progress import Progress, brief, finite, means, passed, run_record
 from train.ranks import Ranks
-from train.schedules import learning_rate_factor
+from train.schedules import learning_rate_factor, warmed
 from train.task import LoopConfig, Source, Step, Task, Values
 
 _MAX_ROLLBACKS = 3
@@ -46,8 +46,18 @@ class Preempted(Exception):
     """SIGTERM or SIGUSR1 came; the run is saved and can be resumed."""
 
 
+class OutOfTime(Preempted):
+    """`Trainer.stop_at_s` has come; the run is validated and saved, and can be resumed or continued."""
+
+
 class Trainer:
-    """Runs one recipe to its end."""
+    """Runs one recipe to its end.
+
+    Attributes:
+        progress: how far the run is.
+        goes: a record of each go, see `train.compact.new_go`; the last one is this.
+        stop_at_s: `time.monotonic()` when the run validates, saves and stops; its schedule stays what it is.
+    """
 
     exports_last = True  # whether the averaged weights of the last step are what is exported
 
@@ -64,6 +74,7 @@ class Trainer:
         self.task = task
         self.out = Path(config.run.out)
         self.progress = Progress()
+        self.goes = [compact.new_go(0)]
         self.accelerator = accelerator
         self.ranks = Ranks(accelerator)
         self.device = accelerator.device
@@ -91,6 +102,8 @@ class Trainer:
         self._best_loss = math.inf
         self._nonfinite = 0  # steps in a row
         self._rollbacks = 0  # without a finite step between
+        self.stop_at_s = math.inf
+        self._saved_s = 0.0  # when the last checkpoint was written, by `time.monotonic()`
 
     def _side(self, module: nn.Module, groups: list[dict[str, Any]], betas: tuple[float, float], decay: float) -> Side:
         wrapped = self.accelerator.prepare_model(module)
@@ -117,6 +130,8 @@ class Trainer:
         factor = learning_rate_factor(
             optim.schedule, optim.final_lr_ratio, optim.warmup_images, self.progress.images, self._share
         )
+        if len(self.goes) > 1:
+            factor *= warmed(optim.rewarm_images, self.progress.images - self.goes[-1]["first"])
         for side in (self.generator, self.critic):
             if side is not None:
                 side.set_rate(factor)
@@ -227,6 +242,7 @@ class Trainer:
         self._rollbacks += 1
         path, state = found
         self._load_weights(state)  # the position in the data stays: the same samples would do the same again
+        self._load_optimizers(state)
         self._say(f"{self.config.run.max_nonfinite} steps in a row were not finite: back to the weights of {path.name}")
 
     # --- the run ------------------------------------------------------------------------------------------------
@@ -236,10 +252,11 @@ class Trainer:
 
         Raises:
             TrainingError: losses or gradients stay not finite, or the ranks' parameters differ.
-            Preempted: after a checkpoint, because of SIGTERM or SIGUSR1.
+            Preempted: after a checkpoint, because of SIGTERM or SIGUSR1; `OutOfTime` because of `stop_at_s`.
             KeyboardInterrupt: after a checkpoint, because of SIGINT.
         """
         config, main = self.config, self.ranks.main
+        self._saved_s = time.monotonic()
         self._record_start()
         columns = (TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[losses]}"))
         with console.progress(*columns, disable=not main) as bar:
@@ -251,9 +268,10 @@ class Trainer:
                 while self._share < 1.0:
                     if (now := self.feed.stage(self._share)) is not stage:
                         stage, batches = now, self.feed.batches(self._share, self.progress.images)
-                    fetched, asked = self._fetch_and_agree(batches, request)
+                    fetched, asked, late = self._fetch_and_agree(batches, request)
                     if asked:
                         break
+                    due = due or late
                     before = self.progress.images
                     values = self._step_or_save(fetched)
                     if self.progress.step % config.run.log_every == 0:
@@ -273,21 +291,25 @@ class Trainer:
                     if not ends and due and self._nonfinite == 0:  # never of weights that may be the reason
                         self.checkpoint()
                         due = False
-            if not asked:
+            if asked in (0, signals.STOP):
+                self._write_state_alone()  # validation takes its time, and a second signal may not wait
                 line = lag(self.validate(bar))
-                if line and self.exports_last:
+                if line and self.exports_last and not asked:
                     self._say(line)
             self.checkpoint()
         self.journal.close()
         if asked:
-            raise KeyboardInterrupt if asked == signals.INTERRUPT else Preempted
+            raise {signals.STOP: OutOfTime, signals.INTERRUPT: KeyboardInterrupt}.get(asked, Preempted)
         self.ranks.wait()
         return self.export() if main else {}
 
     def _fetch_and_agree(
         self, batches: Iterator[dict[str, Any]], request: signals.Request
-    ) -> tuple[list[dict[str, Any]], int]:
-        """Read the next batches, and what the signals ask for on any rank: all save at the same step.
+    ) -> tuple[list[dict[str, Any]], int, bool]:
+        """Read the next batches, and what signals and clock ask for on any rank: all save at the same step.
+
+        Returns:
+            The batches, what is asked for (see `train.signals`), and whether a checkpoint is due by the clock.
 
         Raises:
             UsageError: a rank's data have failed; on all ranks, after a checkpoint.
@@ -298,11 +320,14 @@ class Trainer:
             fetched = self._fetch(batches)
         except UsageError as exception:
             failure = exception
-        asked, failed = self.ranks.largest(request.kind, int(failure is not None))
+        now, every_s = time.monotonic(), 60 * self.config.run.checkpoint_every_min
+        stop = signals.STOP if now >= self.stop_at_s else 0
+        late = 0 < every_s <= now - self._saved_s
+        asked, failed, due = self.ranks.largest(max(request.kind, stop), int(failure is not None), int(late))
         if failed:
             self.checkpoint()
             self.ranks.raise_together(failure, "read its data")
-        return fetched, asked
+        return fetched, asked, bool(due)
 
     def _step_or_save(self, fetched: list[dict[str, Any]]) -> Values:
         try:
@@ -363,11 +388,18 @@ class Trainer:
         failure: UsageError | None = None
         try:
             if self.ranks.main:
-                self.checkpoints.save(self._state(ranks), self.progress.images, best)
+                state = self._state(ranks)
+                self.checkpoints.save(state, self.progress.images, best)
+                self._write_compact(state)
         except UsageError as exception:
             failure = exception
         self.ranks.raise_together(failure, "write the checkpoint")
         self.journal.line("checkpoint", {**vars(self.progress), "parameters": digests}, self.progress.images)
+        self._saved_s = time.monotonic()
+
+    def _write_compact(self, state: dict[str, Any]) -> None:
+        if self.config.run.state:
+            compact.write(Path(self.config.run.state), state)
 
     def _state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -384,14 +416,16 @@ class Trainer:
             "best_loss": self._best_loss,
             "nonfinite": [self._nonfinite, self._rollbacks],
             "ranks": ranks,
+            "goes": self.goes,
             "environment": environment(),
         }
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state, on every rank."""
         self._load_weights(state)
-        self.progress = Progress(**state["progress"])
-        self._share = self._fraction()
+        self._load_optimizers(state)
+        self._load_position(state)
+        self.goes = compact.goes_of(state)
         self._last_validation, self._best_loss = state["validation"], state["best_loss"]
         self._nonfinite, self._rollbacks = state["nonfinite"]
         self._validated_at = state["validated_at"]
@@ -400,14 +434,28 @@ class Trainer:
             set_random_state(own["random"])
             self.feed.bad.load_state_dict(own["bad"])
 
+    def continue_from(self, state: dict[str, Any]) -> None:
+        """Begin a new go where a compact state stands, on every rank; the optimizers stay as they are, new."""
+        self._load_weights(state)
+        self._load_position(state)
+        self._last_validation = state["validation"]
+        self.goes = [*state["goes"], compact.new_go(self.progress.images)]
+
     def _load_weights(self, state: dict[str, Any]) -> None:
         self.task.module.load_state_dict(state["module"])
         self.ema.load_state_dict(state["ema"])
-        self.generator.load_state_dict(state["generator"])
-        if self.critic is not None and self.task.critic is not None:
+        if self.task.critic is not None:
             self.task.critic.load_state_dict(state["critic_module"])
-            self.critic.load_state_dict(state["critic"])
         self.task.load_state_dict(state["task"])
+
+    def _load_optimizers(self, state: dict[str, Any]) -> None:
+        self.generator.load_state_dict(state["generator"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+
+    def _load_position(self, state: dict[str, Any]) -> None:
+        self.progress = Progress(**state["progress"])
+        self._share = self._fraction()
 
     def _digests(self) -> list[str]:
         """A digest of each rank's parameters, averages and decisions: equal where all bits are."""
@@ -417,9 +465,11 @@ class Trainer:
 
     def _record_start(self) -> None:
         self.journal.start()
+        self._write_state_alone()
         if self.progress.images:
-            self.journal.line("resume", vars(self.progress), self.progress.images)
-            self._say("resumed")
+            is_new = self.progress.images == self.goes[-1]["first"]
+            self.journal.line("continue" if is_new else "resume", vars(self.progress), self.progress.images)
+            self._say(f"continued: go {len(self.goes)}, with new optimizers" if is_new else "resumed")
         if not self.ranks.main:
             return
         for name, text in self.task.describe().items():
@@ -434,7 +484,25 @@ class Trainer:
             highlight=False,
         )
 
+    def _write_state_alone(self) -> None:
+        """Write the compact state, if there is to be one, without a checkpoint.
+
+        At the start, so that one that is too large is refused before the work; at the end before the validation.
+
+        Raises:
+            UsageError: see `train.compact.write`; on all ranks.
+        """
+        if not self.config.run.state:
+            return
+        failure: UsageError | None = None
+        try:
+            if self.ranks.main:
+                self._write_compact(self._state([]))
+        except UsageError as exception:
+            failure = exception
+        self.ranks.raise_together(failure, "write the state")
+
     def export(self) -> dict[str, Any]:
         """Write the averaged weights as a model folder; see `Task.export`."""
-        record = run_record(self.progress, self._last_validation, round(self._bad[0]), self.task)
+        record = run_record(self.progress, self._last_validation, round(self._bad[0]), self.task, len(self.goes))
         return self.task.export(self.ema.module, self.out / "model", record, self.device)

@@ -98,6 +98,7 @@ class HeadConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        self.run.refuse_goes(self.task)
         objective = self.objective
         if objective.kind == "tcvae":
             allowed = "gaussian with prior conditional or standard, for the parts of objective.kind tcvae"

@@ -55,6 +55,9 @@ class PriorConfig:
     export: CardConfig = field(default_factory=CardConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        self.run.refuse_goes(self.task)
+
     @property
     def adversarial(self) -> AdversarialConfig:
         """There is no critic."""
