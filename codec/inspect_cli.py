@@ -150,7 +150,7 @@ def _about(folder: ModelFolder, known: Mapping[str, Path]) -> dict[str, Any]:
     return {
         "name": folder.name,
         "default": known.get(model_folder.DEFAULT_MODEL) == folder.path,
-        "hidden": known[folder.name] != folder.path,
+        "hidden": known.get(folder.name) != folder.path,
         "f": folder.f,
         "latent_channels": folder.channels,
         "codebook_sizes": [each.codebook_size for each in folder.maps],

@@ -164,8 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = folder / "factors.npz"
     if not known.exists():
         draw(folder)
-    if not shards.exists():
-        made(shards, ".", ["shards", str(folder / "pictures"), "-o", str(shards), "--jobs", "1"])
+    if status := codec_train(["shards", str(folder / "pictures"), "-o", str(shards), "--jobs", "1"]):  # goes on
+        return status
     made(codec, "model", ["run", "tiny", f"data.shards={shards}", f"run.out={codec}", *CODEC])
     how = ["--size", str(SIDE), "--device", "cpu", "--dtype", "float32", "--jobs", "1", "--batch", "32"]
     made(cache, "cache.json", ["cache", str(shards), "-m", str(codec / "model"), "-o", str(cache), *how])

@@ -31,7 +31,7 @@ codec decode "$OUT/coded" -o "$OUT/decoded"
 step "3. rate-distortion, against JPEG, WebP, AVIF and JPEG XL"
 codec-eval rd "$OUT/photos/test" -m kl-f8 -o "$OUT/rd"
 
-if [ -n "$TRAIN" ]; then
+if [ "${TRAIN:-0}" != 0 ]; then
   step "4. shards"
   codec-train shards "${PHOTOS:-$OUT/photos/train}" -o "$OUT/shards" || [ $? -eq 1 ]  # 1: some files are unreadable
 
@@ -55,7 +55,7 @@ Done. Look at
   $OUT/rd/comparison.png          original, ours and the baselines at the nearest equal rate
   $OUT/rd/rd_psnr.png             rate against PSNR (and rd_*.png for the other metrics)
 END
-if [ -n "$TRAIN" ]; then
+if [ "${TRAIN:-0}" != 0 ]; then
   cat <<END
   $OUT/run/validation/            reconstructions while it trained
   $OUT/run/model/README.md        the card of the new model

@@ -69,7 +69,7 @@ class ModelConfig:
                 f"multiples of model.norm_num_groups = {self.norm_num_groups}",
             )
             require(
-                self.init != "linear" or width % (2 * self.norm_num_groups) == 0,
+                self.init == "diffusers" or width % (2 * self.norm_num_groups) == 0,
                 "model.norm_num_groups",
                 self.norm_num_groups,
                 f"an even number of channels in each group of width {width} (one channel a group loses brightness)",
@@ -414,7 +414,9 @@ class Config:
         why = "linear with family tiny, a condition, a coarse codebook or more than 3 image channels"
         require(all(shape) and model.image_channels == 3, "model.init", model.init, why)
         widths = model.block_out_channels
-        require(len(widths) > 1 and min(widths) >= 3, "model.block_out_channels", widths, "2 or more of 3 or more")
+        why = "two or more that do not fall, the first of them 6 or more, with model.init klt"
+        good = len(widths) > 1 and widths[0] >= 6 and list(widths) == sorted(widths)
+        require(good, "model.block_out_channels", widths, why)
         why = "at most half of the last width, and what the widths before let pass, with model.init klt"
         fits = model.latent_channels <= min(widths[-1] // 2, model.klt_channels[-1])
         require(fits, "model.latent_channels", model.latent_channels, why)

@@ -163,6 +163,7 @@ def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], late
         for attention in part.mid_block.attentions:
             if attention is not None:
                 nn.init.zeros_(attention.to_out[0].weight)
+                nn.init.zeros_(attention.to_out[0].bias)
 
 
 def _settle(norm: nn.GroupNorm, share: float) -> None:

@@ -271,6 +271,7 @@ def _initialize(
         for convolution in (network.quant_conv, network.post_quant_conv):
             if convolution is not None:
                 nn.init.dirac_(convolution.weight)
+                nn.init.zeros_(convolution.bias)
 
 
 @torch.no_grad()
