@@ -87,13 +87,14 @@ def _walk(folder: Path, visited: set[Path]) -> Iterator[tuple[Path, Path]]:
             yield path, real / entry.name
 
 
-def write_atomic(path: Path, data: bytes, *, exclusive: bool = False) -> None:
+def write_atomic(path: Path, data: bytes, *, exclusive: bool = False, sync: bool = False) -> None:
     """Write a whole file or nothing: to a hidden temporary name beside it, then renamed. Its folder is created.
 
     Args:
         path: the file.
         data: its content.
         exclusive: refuse to replace an existing file, even one that appears at the same moment.
+        sync: force it to disk before it is renamed, so that a machine that fails does not leave an empty file either.
 
     Raises:
         FileExistsError: `exclusive` and the file exists.
@@ -102,7 +103,11 @@ def write_atomic(path: Path, data: bytes, *, exclusive: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:40]}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         if exclusive:
             _rename_exclusive(temporary, path)
         else:

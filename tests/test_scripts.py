@@ -73,11 +73,3 @@ def test_the_quickstart_begins_with_the_shipped_model_and_trains_only_if_asked(
             "codec-eval rd OUT/photos/test -m OUT/run/model -o OUT/rd-run",
         ]
         assert "Nothing was trained" not in told
-
-
-def test_the_entry_point_of_a_go_runs_its_command(tmp_path: Path) -> None:
-    more = ["--photos", str(tmp_path), "-o", str(tmp_path / "out"), "--state", str(tmp_path / "nowhere")]
-    command = [sys.executable, str(SCRIPTS / "train_shipped.py"), "tiny", *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such state; leave --state out in the first go\n"

@@ -162,7 +162,7 @@ def comparable(config: Config, shards: str) -> tuple[Config, dict[str, Any]]:
     changes["data"] |= {"shards": shards, "n_validation": 0}
     changes["adversarial"] |= {"start": "0", "warmup": "0", "ramp": "0"}
     changes["optim"] |= {"schedule": "constant", "warmup_images": 0}
-    changes["run"] = {"out": "", "resume": "", "n_images": 2**40, "time_limit_min": 0.0, "trackers": ()}
+    changes["run"] = {"out": "", "resume": "", "state": "", "n_images": 2**40, "time_limit_min": 0.0, "trackers": ()}
     parts: dict[str, Any] = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
     return replace(config, **parts), changed
 
@@ -382,7 +382,7 @@ def random_batches(config: Config, n: int = _BATCHES) -> list[dict[str, Any]]:
 
 
 def _real_batches(config: Config, folder: Path) -> list[dict[str, Any]]:
-    data, run = replace(config.data, workers=0), replace(config.run, out=tempfile.mkdtemp(dir=folder))
+    data, run = replace(config.data, workers=0, memory="none"), replace(config.run, out=tempfile.mkdtemp(dir=folder))
     feed = Feed(replace(config, data=data, run=run), read_index(Path(config.data.shards)), 1, 0, 1)
     return list(itertools.islice(feed.batches(0.0, 0), _BATCHES))
 

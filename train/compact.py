@@ -12,7 +12,6 @@ interrupted. See docs/training.md.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from codec.errors import UsageError
+from codec.files import write_atomic
 from eval.environment import commit, hardware
 
 VERSION = 1
@@ -50,6 +50,11 @@ def goes_of(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*goes[:-1], {**goes[-1], "images": progress["images"], "time_s": round(progress["time_s"], 1)}]
 
 
+def n_trained(state: Mapping[str, Any]) -> int:
+    """Return how many goes of a checkpoint saw images; others only validated or exported."""
+    return sum(go["images"] > go["first"] for go in goes_of(state))
+
+
 def write(path: Path, checkpoint: Mapping[str, Any]) -> int:
     """Write the state of a checkpoint, in place of an older one, whole or not at all; return its bytes.
 
@@ -61,7 +66,8 @@ def write(path: Path, checkpoint: Mapping[str, Any]) -> int:
         UsageError: it would be larger than LIMIT_MIB, or cannot be written.
     """
     tensors = _packed(checkpoint)
-    header = {name: checkpoint[name] for name in ("config", "progress", "task", "validation", "validated_at")}
+    header = {name: checkpoint[name] for name in ("progress", "task", "validation", "validated_at")}
+    header |= {"config": _without_folders(checkpoint["config"])}
     header |= {"goes": goes_of(checkpoint), "sha256": _digest(tensors), "has_critic": _has_critic(checkpoint)}
     data = save(tensors, {_KEY: str(VERSION), "header": json.dumps(header)})
     if len(data) > LIMIT_MIB * 2**20:
@@ -69,18 +75,10 @@ def write(path: Path, checkpoint: Mapping[str, Any]) -> int:
             f"{path}: the state would have {len(data) / 2**20:.1f} MiB, more than {LIMIT_MIB}: a model of this size "
             "goes on from its checkpoints (run.resume)"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomic(path, data, sync=True)
     except OSError as exception:
         raise UsageError(f"{path}: cannot write the state: {exception}") from exception
-    finally:
-        temporary.unlink(missing_ok=True)
     return len(data)
 
 
@@ -107,6 +105,11 @@ def read(path: Path) -> dict[str, Any]:
     if not sound:
         raise UsageError(f"{path}: not a sound state: its tensors are not those that were written")
     return {**header, **_unpacked(tensors, header["has_critic"]), "ranks": []}
+
+
+def _without_folders(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without the folders of one machine, which are temporary in a go and nothing to the next one."""
+    return {**config, "data": {**config["data"], "shards": ""}, "run": {**config["run"], "out": ""}}
 
 
 def _has_critic(checkpoint: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 from codec import console
 from codec.errors import UsageError
-from codec.files import check_writable, write_atomic
+from codec.files import check_writable, remove_abandoned, write_atomic
 from codec.shard_scan import list_shards
 from codec.shards import MANIFEST
 from train import compact
@@ -87,6 +87,7 @@ def run_go(go: Go) -> dict[str, Any]:
     if go.state is None and (go.out / STATE).exists():
         raise UsageError(f"{go.out / STATE}: a state already; go on with --state, or name another folder")
     check_writable(go.out)
+    remove_abandoned([go.out])
     with tempfile.TemporaryDirectory(prefix="latent-codec-go-") as folder:
         run = Path(folder) / Path(go.recipe).stem  # also the model's name, where the recipe has none
         trainer = prepare(_resolve(go, _shards(go.photos, Path(folder) / "shards"), run))
@@ -122,7 +123,7 @@ def _resolve(go: Go, shards: Path, run: Path) -> Config:
         name = override.partition("=")[0].strip()
         if name in (*own, "run.resume"):
             raise UsageError(f"{override}: a go sets {name} by itself, from its options")
-    forced = [f"{name}={json.dumps(value)}" for name, value in own.items()]
+    forced = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in own.items()]
     return load_recipe(go.recipe, [*_DEFAULTS, *go.overrides, *forced])
 
 
@@ -157,7 +158,7 @@ def _figures(go: Go, trainer: Trainer, run: Path, exported: Mapping[str, Any]) -
     steps = [line for line in lines if line["event"] == "step"][-_LAST_LINES:]
     validations = [line for line in lines if line["event"] == "validation"]
     data, goes = (go.out / STATE).read_bytes(), compact.read(go.out / STATE)["goes"]
-    first, seen, planned = goes[-1]["first"], trainer.progress.images, trainer.config.run.n_images
+    first, seen, planned = goes[-1]["first"], goes[-1]["images"], trainer.config.run.n_images
     time_s = goes[-1]["time_s"] - (goes[-2]["time_s"] if len(goes) > 1 else 0.0)
     return {
         "recipe": go.recipe,

@@ -35,7 +35,7 @@ class Progress:
 def run_record(
     progress: Progress, validation: dict[str, float], n_bad: int, task: Task, goes: int = 1
 ) -> dict[str, Any]:
-    """Return what a run knows about itself, for the model card; `goes`: how many it took, see `train.compact`."""
+    """Return what a run knows about itself, for the model card; `goes`: how many trained, see `train.compact`."""
     return {
         **({"goes": goes} if goes > 1 else {}),
         "images_seen": progress.images,

@@ -51,6 +51,8 @@ def prepare(config: Config) -> Trainer:
     out = check_run_folder(config.run.out, config.run.resume)
     state = state_to_resume(config, out)
     begin = None if state is not None else state_to_continue(config)
+    if state is None and config.run.state:
+        _refuse_to_lose(Path(config.run.state), 0 if begin is None else begin["progress"]["images"])
     accelerator = make_accelerator(log_with=list(config.run.trackers) or None, project_dir=str(out))
     if config.run.precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("run.precision = fp16: on CPUs take bf16 or no")
@@ -71,6 +73,15 @@ def prepare(config: Config) -> Trainer:
         trainer.continue_from(begin)
     _note_photographs(trainer, training)
     return trainer
+
+
+def _refuse_to_lose(path: Path, first: int) -> None:
+    """Raise UsageError where the state that a run writes over is further than the `first` images it begins after."""
+    if path.exists() and (reached := compact.read(path)["progress"]["images"]) > first:
+        raise UsageError(
+            f"{path}: a state of {reached} images already, this run begins after {first}; go on from it "
+            "(run.continue_from, --state), or write elsewhere (run.state, -o)"
+        )
 
 
 def _note_photographs(trainer: Trainer, training: Sequence[SampleRef]) -> None:
@@ -124,7 +135,7 @@ def export(folder: Path, out: Path | None = None, licence: str = "", wanted: Wan
     if task.critic is not None:
         task.critic.load_state_dict(state["critic_module"])
     n_bad = sum(sum(rank["bad"]["counts"].values()) for rank in state["ranks"])
-    record = run_record(Progress(**state["progress"]), state["validation"], n_bad, task, len(compact.goes_of(state)))
+    record = run_record(Progress(**state["progress"]), state["validation"], n_bad, task, compact.n_trained(state))
     out = out or checkpoints.parent / "model"
     return task.export(average.module, out, record, torch.device("cpu")) | {"folder": str(out)}
 
@@ -181,7 +192,9 @@ def state_to_continue(config: Config) -> dict[str, Any] | None:
     path = Path(config.run.continue_from)
     state = compact.read(path)
     before = any_from_dict(state["config"])
-    impossible, other = compare(before.to_dict(), config.to_dict())
+    then_config = before.to_dict()
+    then_config["data"]["shards"] = config.data.shards  # where they lie; what is in them: `_note_photographs`
+    impossible, other = compare(then_config, config.to_dict())
     if impossible:
         raise UsageError(f"{path}: cannot be continued with a changed model: {_list(impossible)}")
     for name in ("n_images", "time_limit_min"):  # free where a run is resumed; here they say where the schedule stands

@@ -398,8 +398,13 @@ class Trainer:
         self._saved_s = time.monotonic()
 
     def _write_compact(self, state: dict[str, Any]) -> None:
-        if self.config.run.state:
-            compact.write(Path(self.config.run.state), state)
+        path = Path(self.config.run.state)
+        if not self.config.run.state:
+            return
+        if self._nonfinite and path.exists():  # weights that may be the reason, and no optimizer to go back with
+            self._say(f"{path}: left as it is, the last {self._nonfinite} step(s) were not finite")
+            return
+        compact.write(path, state)
 
     def _state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -504,5 +509,6 @@ class Trainer:
 
     def export(self) -> dict[str, Any]:
         """Write the averaged weights as a model folder; see `Task.export`."""
-        record = run_record(self.progress, self._last_validation, round(self._bad[0]), self.task, len(self.goes))
+        n_goes = compact.n_trained({"goes": self.goes, "progress": vars(self.progress)})
+        record = run_record(self.progress, self._last_validation, round(self._bad[0]), self.task, n_goes)
         return self.task.export(self.ema.module, self.out / "model", record, self.device)

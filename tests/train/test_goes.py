@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from tests.train.conftest import log, tiny_trainer
 from train import checkpoint, compact
+from train.autoencoder import AutoencoderTask
 from train.cli import main
 from train.schedules import learning_rate_factor
 from train.trainer import Trainer
@@ -80,7 +82,9 @@ def test_goes_make_one_schedule_of_the_whole_run(
     assert {"psnr", "loss", "raw_psnr"} <= first["validation"].keys()
     assert not (out / "model").exists()
     state = str(out / "state.safetensors")
-    assert "finished" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert '"finished": false' in told
+    assert f"go on with --state {state}" in told
     assert main(go(shards, out, "--state", state, *plain)) == 0
     second = figures(out, 2)
     assert (second["first_image"], second["images_seen"], second["finished"]) == (24, 48, True)
@@ -256,6 +260,80 @@ def test_a_new_run_does_not_write_over_a_state(
     assert main(go(shards, tmp_path)) == 2
     assert "a state already" in capsys.readouterr().err
     assert (tmp_path / "state.safetensors").read_bytes() == b"of another run"
+
+
+def test_a_state_is_not_replaced_by_one_of_fewer_images(
+    shards: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, older = tmp_path / "out", tmp_path / "older.safetensors"
+    state = out / "state.safetensors"
+    assert main(["compact", str(run), "-o", str(state)]) == 0
+    before = state.read_bytes()
+    earlier = checkpoint.load(run / "checkpoints" / "images-000000024.pt")
+    earlier["progress"]["images"] = 8
+    compact.write(older, earlier)
+    more = ["run.n_images=48", *EVERYTHING]
+    again = [f"data.shards={shards}", f"run.out={tmp_path / 'r'}", f"run.state={state}"]
+    for command, first in (
+        (["run", "tiny", *again, *more], 0),
+        (["run", "tiny", *again, f"run.continue_from={older}", *more], 8),
+        (go(shards, out, "--state", str(older), *more), 8),
+    ):
+        capsys.readouterr()
+        assert main(command) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"{state}: a state of 24 images already, this run begins after {first}" in error
+        assert state.read_bytes() == before
+
+
+def test_a_state_is_not_replaced_by_weights_that_may_be_broken(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = AutoencoderTask.generator_step
+
+    def step(self, module, batch, where):
+        terms = original(self, module, batch, where)
+        return replace(terms, objective=terms.objective * (float("nan") if where.number == 5 else 1.0))
+
+    monkeypatch.setattr(AutoencoderTask, "generator_step", step)
+    stop_at_step(monkeypatch, 5, out_of_time)
+    assert main(go(shards, tmp_path, "run.checkpoint_every=8", "run.n_images=48")) == 0
+    assert compact.read(tmp_path / "state.safetensors")["progress"]["images"] == 16
+    assert figures(tmp_path, 1)["images_seen"] == 16
+    assert "left as it is, the last 1 step(s) were not finite" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_photographs_packed_anew_are_no_change(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, photos = tmp_path / "out \N{FRAME WITH PICTURE}", shards.parent / "photos"
+    state = out / "state.safetensors"
+    assert main(go(photos, out, "--minutes", "0")) == 0
+    assert b"latent-codec-go-" not in state.read_bytes()  # the temporary folder
+    assert main(go(photos, out, "--minutes", "0", "--state", str(state))) == 0
+    error = capsys.readouterr().err
+    assert "changed recipe" not in error
+    assert "other training images" not in error
+
+
+def test_only_goes_that_trained_are_counted(
+    shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = []
+
+    def export(self, module, out, record, device):
+        out.mkdir()
+        records.append(record)
+        return {"folder": "model"}
+
+    monkeypatch.setattr(AutoencoderTask, "export", export)
+    state, out = tmp_path / "s.safetensors", tmp_path / "out"
+    assert main(["compact", str(run), "-o", str(state)]) == 0
+    more = ["run.n_images=48", *EVERYTHING]
+    assert main(go(shards, out, "--state", str(state), "--minutes", "0", "--export", *more)) == 0
+    assert main(go(shards, out, "--state", str(out / "state.safetensors"), *more)) == 0
+    assert figures(out, 3)["finished"]
+    assert [record.get("goes") for record in records] == [None, 2]
 
 
 def test_other_photographs_and_another_schedule_are_said(
