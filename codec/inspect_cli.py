@@ -13,6 +13,7 @@ from codec.coding import Coder
 from codec.console import Exit
 from codec.errors import FormatError, ModelError
 from codec.index_tables import IndexMode
+from codec.limits import DEFAULT_MODEL
 from codec.model_folder import ModelFolder
 from codec.tables import Mode
 
@@ -149,7 +150,7 @@ def _about(folder: ModelFolder, known: Mapping[str, Path]) -> dict[str, Any]:
     """Return what `models` says of one; `known`: see `model_folder.by_name`."""
     return {
         "name": folder.name,
-        "default": known.get(model_folder.DEFAULT_MODEL) == folder.path,
+        "default": known.get(DEFAULT_MODEL) == folder.path,
         "hidden": known.get(folder.name) != folder.path,
         "f": folder.f,
         "latent_channels": folder.channels,

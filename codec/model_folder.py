@@ -24,6 +24,7 @@ from codec.errors import ModelError, UsageError
 from codec.files import write_atomic
 from codec.index_maps import IndexMap
 from codec.index_tables import IndexTables
+from codec.limits import DEFAULT_MODEL
 from codec.map_tables import CodeTables, MapTables, describe
 from codec.tables import TableSet
 
@@ -33,8 +34,6 @@ FOLDER_VERSION = 1
 MODELS_VARIABLE = "CODEC_MODELS"
 PACKAGE_MODELS = Path(__file__).parent / "models"
 """Models that come with the package."""
-DEFAULT_MODEL = "kl-f8"
-"""The name of the model where none is named."""
 _WEIGHTS = "diffusion_pytorch_model"  # how files of weights begin
 CONDITIONAL = "ConditionalAutoencoderKL"
 """The class of `codec.conditional_kl`, which the codec does not code."""

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from codec.model_folder import DEFAULT_MODEL
+from codec.limits import DEFAULT_MODEL
 
 Sources = Annotated[
     list[str],
