@@ -5,7 +5,7 @@ But for those of `codec.adapters.OWN`, which diffusers has none for.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
@@ -271,7 +271,7 @@ def _initialize(
         for convolution in (network.quant_conv, network.post_quant_conv):
             if convolution is not None:
                 nn.init.dirac_(convolution.weight)
-                nn.init.zeros_(convolution.bias)
+                nn.init.zeros_(cast(torch.Tensor, convolution.bias))
 
 
 @torch.no_grad()
