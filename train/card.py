@@ -56,6 +56,7 @@ def model_card(
         "",
         "```python",
         f"from diffusers import {kind}",
+        "",
         f'vae = {kind}.from_pretrained("THIS_FOLDER")',
         f"z = (vae.encode(x).{_MODE[kind]} - vae.config.shift_factor) * vae.config.scaling_factor  # normalized",
         "x_hat = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample  # x in [-1, 1]",
