@@ -99,4 +99,6 @@ def test_tcvae_beats_beta_1_in_mig_over_three_seeds(
     assert (about["objective"]["kind"], about["objective"]["total_correlation"]) == ("tcvae", 10.0)
     capsys.readouterr()
     assert script.main(command) == 0  # nothing is made again
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    again = capsys.readouterr().out.splitlines()
+    assert len([line for line in again if line.startswith("|")]) == 4
+    assert not [line for line in again if "held out: loss" in line]
