@@ -103,10 +103,9 @@ def write_atomic(path: Path, data: bytes, *, exclusive: bool = False, sync: bool
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:40]}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            if sync:
-                file.flush()
+        temporary.write_bytes(data)
+        if sync:
+            with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         if exclusive:
             _rename_exclusive(temporary, path)
