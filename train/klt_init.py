@@ -9,6 +9,7 @@ nearly the same ones; that is where the discrete cosine transform comes from.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -105,16 +106,20 @@ def _line(side: int) -> torch.Tensor:
 
 @torch.no_grad()
 def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], latent_channels: int) -> None:
-    """Let an encoder, and its decoder's first convolution, start with this transform.
+    """Let an encoder start as this transform, and its decoder as the guess of what it took, both in place.
 
-    The latents are its first coefficients, each of deviation 1. Channels that these do not need stay as they are:
+    The latents (raw) are its first coefficients, each of deviation 1. Channels that these do not need stay as they are:
     random features of what passes. SiLU behind the last norm lets v pass in a pair v, -v: silu(v) - silu(-v) = v.
 
     Args:
-        encoder: that `train.networks.initialize_linear` has seen, so that all residual branches are zero.
+        encoder: of images (B, 3, H, W) in [-1, 1], f = 2^len(kept), widths that do not fall; one that
+            `train.networks.initialize_linear` has seen, so that all residual branches are zero.
         decoder: its own.
-        kept: coefficients that pass each halving.
-        latent_channels: D, at most half of the encoder's last width.
+        kept: coefficients that pass each halving, see `train.config.ModelConfig.klt_channels`.
+        latent_channels: D, 1 to half of the encoder's last width and to the last of `kept`.
+
+    Raises:
+        RuntimeError: from torch, where the widths cannot hold it; `train.config.Config` has refused these.
     """
     *blocks, last = encoder.down_blocks
     stages, deviations = transform(kept)
@@ -127,16 +132,9 @@ def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], late
         analysis[-1] = torch.einsum("pk,kcyx->pcyx", pairs, stages[-1])
     _pass(encoder.conv_in, torch.eye(3)[:, :, None, None])
     for block, kernel in zip(blocks, analysis, strict=True):
-        if block.resnets[0].conv_shortcut is not None:
-            _pass(block.resnets[0].conv_shortcut, torch.eye(kernel.shape[1])[:, :, None, None])
-        _pass(block.downsamplers[0].conv, kernel)
-    if last.resnets[0].conv_shortcut is not None:
-        _pass(last.resnets[0].conv_shortcut, pairs[:, :, None, None], _QUIET)
-    _settle(encoder.conv_norm_out, len(pairs) / encoder.conv_norm_out.num_channels)
-    nn.init.zeros_(encoder.conv_out.weight)
-    nn.init.zeros_(encoder.conv_out.bias)
+        _pass_block(block, block.downsamplers[0].conv, kernel)
     back = 2 * torch.linalg.pinv(pairs[:, :latent_channels]) / deviations[:, None]
-    _pass(encoder.conv_out, back[:, :, None, None])
+    _pass_out(encoder, last, pairs, back)
     if encoder.conv_out.out_channels == 2 * latent_channels:  # log-variances: equal noise in units of pixels
         encoder.conv_out.bias[latent_channels:] = 2 * (NOISE / deviations).clamp(max=1).log()
     _pass(decoder.conv_in, torch.diag(deviations)[:, :, None, None])
@@ -146,15 +144,8 @@ def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], late
     for block, kernel in zip(ups, synthesis([*stages[:-1], stages[-1][:latent_channels]]), strict=True):
         if block is ups[-1] and final.resnets[0].conv_shortcut is None:
             kernel = torch.einsum("pk,kcyx->pcyx", pairs, kernel)
-        if block.resnets[0].conv_shortcut is not None:
-            _pass(block.resnets[0].conv_shortcut, torch.eye(kernel.shape[1])[:, :, None, None])
-        _pass(block.upsamplers[0].conv, kernel)
-    if final.resnets[0].conv_shortcut is not None:
-        _pass(final.resnets[0].conv_shortcut, pairs[:, :, None, None], _QUIET)
-    _settle(decoder.conv_norm_out, len(pairs) / decoder.conv_norm_out.num_channels)
-    nn.init.zeros_(decoder.conv_out.weight)
-    nn.init.zeros_(decoder.conv_out.bias)
-    _pass(decoder.conv_out, 2 * torch.linalg.pinv(pairs)[:, :, None, None])
+        _pass_block(block, block.upsamplers[0].conv, kernel)
+    _pass_out(decoder, final, pairs, 2 * torch.linalg.pinv(pairs))
     for part in (encoder, decoder):
         levels = [*(encoder.down_blocks if part is encoder else decoder.up_blocks), part.mid_block]
         for resnet in (resnet for level in levels for resnet in level.resnets):
@@ -166,9 +157,28 @@ def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], late
                 nn.init.zeros_(attention.to_out[0].bias)
 
 
-def _settle(norm: nn.GroupNorm, share: float) -> None:
-    """Set a norm's weight by the deviation that it will divide by: of the anchor, and of a share of _CONTENT in it."""
-    norm.weight.fill_((ANCHOR**2 + share * _CONTENT**2) ** 0.5)
+def _pass_block(block: Any, conv: nn.Conv2d, kernel: torch.Tensor) -> None:
+    """Let a block's first channels pass its shortcut as they are, and its convolution between levels by a kernel."""
+    if block.resnets[0].conv_shortcut is not None:
+        _pass(block.resnets[0].conv_shortcut, torch.eye(kernel.shape[1])[:, :, None, None])
+    _pass(conv, kernel)
+
+
+def _pass_out(part: Encoder | Decoder, last: Any, pairs: torch.Tensor, back: torch.Tensor) -> None:
+    """Let what passes go through the last norm and SiLU in pairs v, -v.
+
+    Args:
+        part: whose norm and last convolution these are.
+        last: its last block before them; a block without a shortcut has its pairs from the convolution before it.
+        pairs: (2 k, k_before), what becomes of the channels.
+        back: (k, 2 k), its inverse behind SiLU.
+    """
+    if last.resnets[0].conv_shortcut is not None:
+        _pass(last.resnets[0].conv_shortcut, pairs[:, :, None, None], _QUIET)
+    norm = part.conv_norm_out  # its weight is the deviation that it will divide by: the anchor's, and the pairs' share
+    norm.weight.fill_((ANCHOR**2 + len(pairs) / norm.num_channels * _CONTENT**2) ** 0.5)
+    nn.init.zeros_(part.conv_out.weight)
+    _pass(part.conv_out, back[:, :, None, None])
 
 
 def _pass(conv: nn.Conv2d, kernel: torch.Tensor, others: float = 1.0) -> None:
