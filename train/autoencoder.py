@@ -38,6 +38,7 @@ from train.discriminator import build_discriminator
 from train.draws import CONDITION, LATENT_NOISE, PER_BATCH, PER_IMAGE, POSTERIOR, UNIFORM
 from train.export import export_model, load_discriminator_state
 from train.health import Monitor
+from train.klt_init import equal_steps
 from train.latent_losses import LatentScale
 from train.latent_terms import LatentTerms
 from train.losses import ReconstructionLoss, kl_weight_in_ldm
@@ -89,6 +90,7 @@ class AutoencoderTask:
         self.module: nn.Module = AutoencoderModule(
             network,
             rate=rate,
+            decodes_rounded=config.rate.decoded == "rounded",
             quantisers=[codebook.quantiser for codebook in codebooks],
             projection=alignment.projection(self._channels) if alignment else None,
             learned_scale=config.loss.learned_scale,
@@ -117,7 +119,10 @@ class AutoencoderTask:
         rate = RateModel(self._channels, self._config.rate.components)
         found = self._first_latents(model)
         if found is not None:
-            rate.initialize(found[None, ..., None], self.f)
+            config = self._config.model
+            starts_klt = config.init == "klt" and not config.init_from
+            proportions = equal_steps(config.klt_channels, self._channels) if starts_klt else None
+            rate.initialize(found[None, ..., None], self.f, proportions=proportions)
         return rate
 
     @torch.no_grad()

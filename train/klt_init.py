@@ -55,6 +55,11 @@ def transform(channels: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor
     return stages, covariance[:, 0, 0, :, 0, 0].diagonal().sqrt().float()
 
 
+def equal_steps(kept: Sequence[int], latent_channels: int) -> torch.Tensor:
+    """Return steps of the latents of `initialize_klt`, (D,), whose errors are equal in units of pixels."""
+    return 1 / transform(kept)[1][:latent_channels]
+
+
 def synthesis(stages: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return how a decoder best guesses what each stage has taken, coarsest stage first.
 
@@ -105,11 +110,14 @@ def _line(side: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], latent_channels: int) -> None:
+def initialize_klt(
+    encoder: Encoder, decoder: Decoder, kept: Sequence[int], latent_channels: int, *, white: bool = True
+) -> None:
     """Let an encoder start as this transform, and its decoder as the guess of what it took, both in place.
 
-    The latents (raw) are its first coefficients, each of deviation 1. Channels that these do not need stay as they are:
-    random features of what passes. SiLU behind the last norm lets v pass in a pair v, -v: silu(v) - silu(-v) = v.
+    The latents (raw) are its first coefficients, each of deviation 1 or the first one alone. Channels that these do not
+    need stay as they are: random features of what passes. SiLU behind the last norm lets v pass in a pair v, -v:
+    silu(v) - silu(-v) = v.
 
     Args:
         encoder: of images (B, 3, H, W) in [-1, 1], f = 2^len(kept), widths that do not fall; one that
@@ -117,6 +125,8 @@ def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], late
         decoder: its own.
         kept: coefficients that pass each halving, see `train.config.ModelConfig.klt_channels`.
         latent_channels: D, 1 to half of the encoder's last width and to the last of `kept`.
+        white: give all latents deviation 1; False = only the first, and the others by as much less as they count in the
+            image: for quantisers that take the nearest vector, so that an error costs the same in each channel.
 
     Raises:
         RuntimeError: from torch, where the widths cannot hold it; `train.config.Config` has refused these.
@@ -124,6 +134,7 @@ def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], late
     *blocks, last = encoder.down_blocks
     stages, deviations = transform(kept)
     deviations = deviations[:latent_channels]
+    units = deviations if white else deviations[:1].expand(latent_channels)
     pairs = torch.zeros(2 * latent_channels, kept[-1])
     pairs[0::2, :latent_channels] = torch.diag(_CONTENT / deviations)
     pairs[1::2] = -pairs[0::2]
@@ -133,11 +144,11 @@ def initialize_klt(encoder: Encoder, decoder: Decoder, kept: Sequence[int], late
     _pass(encoder.conv_in, torch.eye(3)[:, :, None, None])
     for block, kernel in zip(blocks, analysis, strict=True):
         _pass_block(block, block.downsamplers[0].conv, kernel)
-    back = 2 * torch.linalg.pinv(pairs[:, :latent_channels]) / deviations[:, None]
+    back = 2 * torch.linalg.pinv(pairs[:, :latent_channels]) / units[:, None]
     _pass_out(encoder, last, pairs, back)
     if encoder.conv_out.out_channels == 2 * latent_channels:  # log-variances: equal noise in units of pixels
-        encoder.conv_out.bias[latent_channels:] = 2 * (NOISE / deviations).clamp(max=1).log()
-    _pass(decoder.conv_in, torch.diag(deviations)[:, :, None, None])
+        encoder.conv_out.bias[latent_channels:] = 2 * (NOISE / units).clamp(max=1).log()
+    _pass(decoder.conv_in, torch.diag(units)[:, :, None, None])
     pairs = torch.eye(3).repeat_interleave(2, dim=0) * (_CONTENT / COLOURS[1][1] ** 0.5)
     pairs[1::2] *= -1
     *ups, final = decoder.up_blocks

@@ -177,10 +177,13 @@ class LatentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RateConfig:
-    """Rate-aware training: uniform noise of one step in place of the posterior's, and a price on the bits."""
+    """Rate-aware training: quantised latents, or ones with noise alike, and a price on the bits."""
 
     probability: float = 0.0
     """Share of images coded this way; the others draw from the posterior. 0 = none."""
+    decoded: Literal["noisy", "rounded"] = "noisy"
+    """What is decoded of these images: latents with uniform noise of one step, or rounded as the codec does it, with
+    the gradient of no rounding. Bits are always counted of noisy ones."""
     weight: float = 0.1
     """Price of one bit per pixel at q = 0."""
     exponent: float = 1.0

@@ -37,7 +37,7 @@ class Draws:
         posterior: (B, D, h, w) standard normal.
         uniform: (B, D, h, w) in [-0.5, 0.5): the quantiser's noise, in steps.
         quality: (B,) 0..100.
-        coded: (B,) bool: which images take the quantiser's noise in place of the posterior's.
+        coded: (B,) bool: which images take the quantiser's errors in place of the posterior's noise.
         noise: (B, D, h, w) standard normal, added to the latents times `noise_deviation`.
         noise_deviation: (B,) in raw units.
         transform: of the latents, before the decoder.
@@ -102,15 +102,27 @@ class AutoencoderModule(nn.Module):
         network: AutoencoderKL | AutoencoderTiny | VQModel | TwoLevelVQModel | ConditionalAutoencoderKL,
         *,
         rate: RateModel | None = None,
+        decodes_rounded: bool = False,
         quantisers: Sequence[Quantiser] = (),
         projection: nn.Module | None = None,
         learned_scale: bool = False,
         frozen_encoder: bool = False,
     ) -> None:
-        """Join the parts; `quantisers`: one for each map of a network with codebooks, in its order."""
+        """Join the parts.
+
+        Args:
+            network: what is trained.
+            rate: steps and densities of its latents.
+            decodes_rounded: coded images are decoded from `RateModel.rounded`, not from `RateModel.noisy`.
+            quantisers: one for each map of a network with codebooks, in its order.
+            projection: of latents to the features that they are aligned with.
+            learned_scale: whether the scale of the reconstruction's likelihood is learned.
+            frozen_encoder: whether nothing before the latents learns.
+        """
         super().__init__()
         self.network = network
         self.rate = rate
+        self._decodes_rounded = decodes_rounded
         self._model = latent_model(network)
         self._coded: CodebookModel | None = None  # the same, where it is quantised here
         if quantisers:
@@ -174,7 +186,8 @@ class AutoencoderModule(nn.Module):
             assert draws.coded is not None
             noisy = self.rate.noisy(mean, draws.quality, draws.uniform)
             bits = self.rate.bits(noisy, draws.quality)
-            z = torch.where(draws.coded[:, None, None, None], noisy, z)
+            coded = self.rate.rounded(mean, draws.quality) if self._decodes_rounded else noisy
+            z = torch.where(draws.coded[:, None, None, None], coded, z)
         return _Encoded(z=z, mean=mean, logvar=logvar, bits=bits, latents=(mean,))
 
     def _quantised(self, x: torch.Tensor, model: CodebookModel) -> _Encoded:

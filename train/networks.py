@@ -267,7 +267,8 @@ def _initialize(
         return
     initialize_linear(network)
     if config.init == "klt":
-        initialize_klt(network.encoder, network.decoder, config.klt_channels, config.latent_channels)
+        white = config.family == "kl"  # a nearest vector should be nearest in the image
+        initialize_klt(network.encoder, network.decoder, config.klt_channels, config.latent_channels, white=white)
         for convolution in (network.quant_conv, network.post_quant_conv):
             if convolution is not None:
                 nn.init.dirac_(convolution.weight)

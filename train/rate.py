@@ -106,6 +106,25 @@ class RateModel(nn.Module):
         """
         return z.float() + uniform.float() * self.steps(quality)
 
+    def rounded(self, z: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
+        """Round as the codec does, with the gradient of no rounding for z, and that of its error for the steps.
+
+        What a decoder learns from is then what it will get: where steps are wide, noise is not like it. The rate still
+        needs the noise. Minnen & Singh 2020, arXiv:2007.08739, section 3.3; the steps' gradient: Esser et al. 2020,
+        arXiv:1902.08153.
+
+        Args:
+            z: (B, D, h, w) raw.
+            quality: (B,) 0..100.
+
+        Returns:
+            (B, D, h, w) raw, float32.
+        """
+        steps = self.steps(quality)
+        with torch.no_grad():
+            error = (self.quantised(z, quality) - z.float()) / steps
+        return z.float() + error * steps
+
     def quantised(self, z: torch.Tensor, quality: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
         """Return what a decoder would get, for evaluation: z rounded as the codec rounds; no gradient passes.
 
@@ -162,8 +181,10 @@ class RateModel(nn.Module):
         )
 
     @torch.no_grad()
-    def initialize(self, z: torch.Tensor, f: int, *, bpp: float = COARSEST_BPP) -> None:
-        """Set the densities by the moments of latents, and steps in proportion to their deviations: q = 0 costs `bpp`.
+    def initialize(
+        self, z: torch.Tensor, f: int, *, bpp: float = COARSEST_BPP, proportions: torch.Tensor | None = None
+    ) -> None:
+        """Set the densities by the moments of latents, and the steps so that q = 0 costs `bpp`.
 
         The steps only start there: the price decides where they go. Every rank must pass the same latents.
 
@@ -171,6 +192,9 @@ class RateModel(nn.Module):
             z: (B, D, h, w) raw, B * h * w >= 2; some 10,000 positions are plenty.
             f: downsampling factor.
             bpp: bits per pixel at q = 0, the entropy of the codec's indices of z.
+            proportions: (D,) positive, of the steps to each other; None = the deviations of z. Least distortion for a
+                rate asks for equal errors of the image from each channel: what the network is known to do with an
+                error of a latent decides.
 
         Raises:
             ValueError: z is not finite.
@@ -188,11 +212,13 @@ class RateModel(nn.Module):
         self.log_unit.copy_(unit.log())
         self.offsets.copy_((mean[:, None] + deviation[:, None] * self.offsets) / unit[:, None])
         self.log_scales.add_(deviation.log()[:, None])
+        shape = (deviation if proportions is None else proportions.to(deviation)).log()
         flat, centre = z.transpose(0, 1).flatten(1).cpu().numpy(), mean.cpu().numpy()  # (D, B*h*w), (D,)
-        low, high = -8.0, 8.0  # log of step / deviation; the rate falls as the steps grow
+        near = (deviation.log() - shape).mean()
+        low, high = -8.0, 8.0  # log of step / deviation, about; the rate falls as the steps grow
         for _ in range(20):
             middle = (low + high) / 2
-            self.log_step.copy_(deviation.log() + middle)
+            self.log_step.copy_(shape + near + middle)
             # Of the codec's indices, not of noisy latents: at steps of several deviations noise crosses bounds that a
             # grid centred on the mean keeps away from, and looks a few times dearer.
             got = entropy_bits(flat, centre, self.step.cpu().numpy(), 0) / f**2

@@ -242,6 +242,33 @@ def test_initialize_takes_size_and_place_from_data_and_the_coarsest_rate_from_th
         model.initialize(z * math.nan, f=8)
 
 
+def test_initialize_keeps_the_steps_proportions() -> None:
+    z = torch.tensor([1.0, 0.2, 3.0])[:, None, None] * torch.randn(4, 3, 32, 32)
+    model = RateModel(3, 4)
+    wanted = torch.tensor([1.0, 4.0, 0.5])
+    model.initialize(z, f=8, proportions=wanted)
+    torch.testing.assert_close(model.step / model.step[0], wanted)
+    flat, mean = z.transpose(0, 1).reshape(3, -1).numpy(), z.mean(dim=(0, 2, 3)).numpy()
+    assert tables.entropy_bits(flat, mean, model.step.numpy(), 0) / 64 == pytest.approx(0.08, rel=0.01)
+
+
+def test_rounded_is_what_the_codec_decodes_and_passes_gradients() -> None:
+    model = random_model()
+    z = torch.randn(2, 3, 5, 5, requires_grad=True)
+    q = torch.tensor([10.0, 60.0])
+    rounded = model.rounded(z, q)
+    torch.testing.assert_close(rounded, model.quantised(z, q))
+    weights = torch.randn(rounded.shape)
+    (rounded * weights).sum().backward()
+    assert z.grad is not None
+    torch.testing.assert_close(z.grad, weights)
+    # Of the steps: their error's share, (y - z) / d * d, by the logarithm; nothing of the density.
+    expected = ((rounded - z) * weights).sum(dim=(0, 2, 3))
+    assert model.log_step.grad is not None
+    torch.testing.assert_close(model.log_step.grad, expected.detach())
+    assert model.offsets.grad is None
+
+
 @pytest.mark.parametrize("start", [0.02, 10.0])
 def test_steps_settle_where_the_price_puts_them(start: float) -> None:
     """From steps far too fine or far too coarse to the same ones; twice the price, coarser steps."""

@@ -14,6 +14,7 @@ from codec.tables import Mode
 from tests.train.conftest import log, tiny_trainer
 from train.cli import main
 from train.export import load_discriminator_state
+from train.klt_init import transform
 
 TINY_FAMILY = ["model.family=tiny", "model.block_out_channels=[8,8]", "kl.weight=0"]
 GAME = ["adversarial.weight=0.5", "adversarial.channels=8", "adversarial.layers=1", "adversarial.start=0"]
@@ -61,6 +62,25 @@ def test_the_price_of_bits_lowers_them_and_steps_and_densities_learn(shards: Pat
         return last
 
     assert trained(3.0)["bpp"] < 0.8 * trained(0.01)["bpp"]
+
+
+def test_coded_images_are_decoded_from_rounded_latents(shards: Path, tmp_path: Path) -> None:
+    made = tiny_trainer(shards, tmp_path / "r", "rate.probability=1", "rate.decoded=rounded")
+    module = made.task.module.eval()
+    x = next(made.feed.batches(0.0, 0))["image"]
+    draws = made.task._draw(x, None, made._where(0))
+    with torch.no_grad():
+        outputs = module(x, draws)
+        expected = module.network.decode(module.rate.quantised(outputs.mean, draws.quality)).sample
+    torch.testing.assert_close(outputs.x_hat, expected)
+
+
+def test_steps_of_a_transforms_coefficients_begin_equal_in_units_of_pixels(shards: Path, tmp_path: Path) -> None:
+    network = ["init=klt", "block_out_channels=[12,48,64]", "latent_channels=8", "norm_num_groups=1"]
+    made = tiny_trainer(shards, tmp_path / "r", "rate.probability=1", *(f"model.{each}" for each in network))
+    _, deviations = transform([12, 48])
+    step = made.task.module.rate.step
+    torch.testing.assert_close(step * deviations[:8], (step * deviations[:8])[:1].expand(8))
 
 
 def test_the_exported_steps_are_the_learned_ones(rate_run: Path) -> None:
