@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
-from codec import fast, images, runtime
+from codec import fast, images, model_folder, runtime
 from codec.latent_model import LatentModel, load_latent_model
 from codec.pixels import to_float
 from codec.shards import read_index
@@ -25,6 +25,7 @@ from train.export import export_model
 from train.loss_config import KLConfig
 from train.networks import build_network
 
+PACKAGE_MODELS = Path(model_folder.__file__).parent / "models"
 SHAPE: dict[str, Any] = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1}
 MODELS = {
     "sd": ModelConfig(latent_channels=4, norm_num_groups=4, **SHAPE),
@@ -207,6 +208,21 @@ def test_what_goes_into_image_to_image_comes_out(case: Case, folders: dict[str, 
         torch.testing.assert_close(made.z, model.normalize(model.encode(x).mean), rtol=1e-5, atol=1e-5)
     assert abs(float(made.z.mean())) < 0.7
     assert 0.3 < float(made.z.std()) < 3
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_the_model_of_the_package_serves_pipelines(name: str) -> None:
+    """Those that know shift_factor and latents of 16 channels: a picture of noise, and one of a photograph."""
+    folder, x = PACKAGE_MODELS / "kl-f8", to_float(photo(64, 64, seed=9))[None]
+    vae, case = AutoencoderKL.from_pretrained(folder), TEXT_TO_IMAGE[name]
+    made = generate(case, case.build(vae))
+    assert made.image.std() > 0.02
+    assert close(made.image, decoded(load_latent_model(folder), made.z))
+    case = IMAGE_TO_IMAGE[name]
+    pipeline = case.build(vae)
+    pipeline.scheduler = StillFlow()
+    image = generate(case, pipeline, image=x / 2 + 0.5, strength=0.9).image
+    assert (image - (x / 2 + 0.5)).square().mean() < 0.1 * x.var()  # it is that photograph
 
 
 @pytest.mark.parametrize("case", INPAINT.values(), ids=list(INPAINT))
