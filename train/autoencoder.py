@@ -30,6 +30,7 @@ from train import draws as positions_draws
 from train.adversary import Adversary
 from train.channels import Channels
 from train.config import Config
+from train.consistency import check_vq
 from train.cvae.classes import classes_of
 from train.cvae.export import export_conditional
 from train.cvae.measure import HeldClasses, sentence
@@ -105,7 +106,7 @@ class AutoencoderTask:
     def _build_codebooks(self, model: CodebookModel) -> list[CodebookTerms]:
         config, trained = self._config, self._config.model.init_from != ""
         try:
-            config.check_vq()
+            check_vq(config)
         except ValueError as exception:  # of a folder's family a recipe knows nothing
             raise UsageError(str(exception)) from exception
         how = {"trained": trained, "trains": not self._decoder_only}
@@ -120,8 +121,7 @@ class AutoencoderTask:
         found = self._first_latents(model)
         if found is not None:
             config = self._config.model
-            starts_klt = config.init == "klt" and not config.init_from
-            proportions = equal_steps(config.klt_channels, self._channels) if starts_klt else None
+            proportions = equal_steps(config.klt_channels, self._channels) if config.starts_klt else None
             rate.initialize(found[None, ..., None], self.f, proportions=proportions)
         return rate
 

@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from train import consistency
 from train.checks import require
 from train.loss_config import AdversarialConfig, HealthConfig, KLConfig, LatentConfig, LossConfig, RateConfig
-from train.schedules import parse_moment
-from train.vq.config import LEARNED, VQConfig
+from train.vq.config import VQConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,11 @@ class ModelConfig:
         network that is to see more than the three channels of its base."""
         chosen = self.init_from != "" and self.teacher == "" and self.image_channels == 3
         return self.trainable == "decoder" or (self.trainable == "auto" and chosen)
+
+    @property
+    def starts_klt(self) -> bool:
+        """Whether the network starts as the transform of `train.klt_init`."""
+        return self.init == "klt" and not self.init_from
 
     @property
     def klt_channels(self) -> tuple[int, ...]:
@@ -346,110 +351,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if not self.model.init_from:  # a folder's own f is known when it is read
-            for name in ("crop", "final_crop"):
-                side = getattr(self.data, name)
-                require(side % self.model.f == 0, f"data.{name}", side, f"multiples of f = {self.model.f}")
-            for side in self.data.crops:
-                require(side % self.model.f == 0, "data.crops", side, f"multiples of f = {self.model.f}")
-        self._check_across()
-        if self.model.family == "vq":
-            self.check_vq()
-            widths, levels = self.model.block_out_channels, 2 if self.vq.coarse_codebook_size else 1
-            why = "one width for each level at least: the last is that of vq.coarse_codebook_size"
-            require(len(widths) >= levels or self.model.init_from != "", "model.block_out_channels", widths, why)
-            require(
-                self.kl.weight == 0 or self.model.init_from != "",
-                "kl.weight",
-                self.kl.weight,
-                "0 with model.family vq: it has no variance",
-            )
-        if self.model.family == "tiny" and not self.model.init_from:
-            require(self.kl.weight == 0, "kl.weight", self.kl.weight, "0 with model.family tiny: it has no variance")
-            require(
-                not self.run.gradient_checkpointing,
-                "run.gradient_checkpointing",
-                True,
-                "false with model.family tiny: diffusers' EncoderTiny then leaves out its scaling of the input",
-            )
-
-    def _check_across(self) -> None:
-        model, adversarial = self.model, self.adversarial
-        self._check_image_channels()
-        self._check_anchor()
-        if model.condition != "none":
-            self._check_condition()
-        if model.init == "klt" and not model.init_from:
-            self._check_klt()
-        if model.teacher:
-            require(self.rate.probability == 0, "rate.probability", self.rate.probability, "0 with model.teacher")
-            require(model.trainable != "decoder", "model.trainable", model.trainable, "all or auto with model.teacher")
-        if adversarial.weight > 0 and adversarial.start == "auto":
-            require(self.data.n_validation > 0, "data.n_validation", 0, '> 0 with adversarial.start = "auto"')
-            every, whole = self.run.validate_every, self.run.n_images
-            require(every < whole, "run.validate_every", every, f"< run.n_images = {whole} with adversarial.start auto")
-
-    def _check_image_channels(self) -> None:
-        count, data = self.model.image_channels, self.data
-        if data.samples == "image":
-            require(count in (3, 4), "model.image_channels", count, "3 or 4 (RGBA) with data.samples image")
-        if count != 3 or data.samples == "npy":
-            why = f"with model.image_channels {count} and data.samples {data.samples}"
-            require(data.mode == "indexed", "data.mode", data.mode, f"indexed {why}")
-            require(data.memory == "none", "data.memory", data.memory, f"none {why}")
-            require(self.model.teacher == "", "model.teacher", self.model.teacher, f"empty {why}")
-
-    def _check_anchor(self) -> None:
-        model, latents = self.model, self.latents
-        if latents.anchor_weight > 0:
-            require(
-                not model.decoder_only, "latents.anchor_weight", latents.anchor_weight, "0: the encoder stays as it is"
-            )
-            require(model.teacher == "", "latents.anchor_weight", latents.anchor_weight, "0 with model.teacher")
-
-    def _check_klt(self) -> None:
-        """Refuse networks that cannot hold the transform of `train.klt_init`."""
-        model = self.model
-        shape = (model.family != "tiny", model.condition == "none", self.vq.coarse_codebook_size == 0)
-        why = "linear with family tiny, a condition, a coarse codebook or more than 3 image channels"
-        require(all(shape) and model.image_channels == 3, "model.init", model.init, why)
-        widths = model.block_out_channels
-        why = "two or more that do not fall, the first of them 6 or more, with model.init klt"
-        good = len(widths) > 1 and widths[0] >= 6 and list(widths) == sorted(widths)
-        require(good, "model.block_out_channels", widths, why)
-        why = "at most half of the last width, and what the widths before let pass, with model.init klt"
-        fits = model.latent_channels <= min(widths[-1] // 2, model.klt_channels[-1])
-        require(fits, "model.latent_channels", model.latent_channels, why)
-
-    def _check_condition(self) -> None:
-        """Refuse what does not go along with a condition: it would not be told, or has no place for one."""
-        model, anchor = self.model, self.latents.anchor_weight
-        for name, value, fits, allowed in (
-            ("model.family", model.family, model.family == "kl", "kl"),
-            ("model.init_from", model.init_from, not model.init_from, "empty"),
-            ("data.mode", self.data.mode, self.data.mode == "indexed", "indexed"),
-            ("rate.probability", self.rate.probability, self.rate.probability == 0, "0"),
-            ("latents.anchor_weight", anchor, anchor == 0, "0"),
-            ("run.gradient_checkpointing", True, not self.run.gradient_checkpointing, "false"),
-            ("export.formats", self.export.formats, "onnx" not in self.export.formats, "none of onnx"),
-        ):
-            require(fits, name, value, f"{allowed} with model.condition {model.condition}")
-
-    def check_vq(self) -> None:
-        """Raise ValueError where something is asked for that a VQModel cannot have; also called for one of a folder."""
-        why = "of a VQModel's latents only codebook vectors reach the decoder"
-        for name, value in (
-            ("rate.probability", self.rate.probability),
-            ("latents.noise", self.latents.noise),
-            ("latents.equivariance", self.latents.equivariance),
-        ):
-            require(value == 0, name, value, f"0 with model.family vq: {why}")
-        anchor = self.latents.anchor_weight
-        require(anchor == 0, "latents.anchor_weight", anchor, "0 with model.family vq: indices have no distance")
-        checkpointed = self.run.gradient_checkpointing
-        require(not checkpointed, "run.gradient_checkpointing", True, "false with model.family vq: diffusers has none")
-        late = self.vq.kind in LEARNED and parse_moment(self.vq.start).images >= self.run.n_images
-        require(not late, "vq.start", self.vq.start, f"less than run.n_images = {self.run.n_images}")
+        consistency.check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
