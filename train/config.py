@@ -40,7 +40,8 @@ class ModelConfig:
     """Self-attention over the whole latent grid, in the middle of encoder and decoder."""
     init: Literal["linear", "klt", "diffusers"] = "linear"
     """linear: a nearly linear pyramid that lets brightness pass, learns much sooner; klt: the same, but the encoder
-    starts as the Karhunen-Loeve transform of blocks of f x f pixels (kl, vq); diffusers: torch's default."""
+    starts as the Karhunen-Loeve transform of blocks of f x f pixels, the decoder as the guess of what it took (kl, with
+    latents of deviation 1; vq, with ones that vary as they count); diffusers: torch's default."""
     use_quant_conv: bool = True
     """The two 1x1 convolutions around the latents, as in Stable Diffusion 1 and 2 (kl; a VQModel always has them)."""
     condition: Literal["none", "class"] = "none"

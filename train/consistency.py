@@ -1,4 +1,4 @@
-"""What the sections of a recipe ask of each other: `train.config` has each section's own limits."""
+"""What the sections of a recipe ask of each other: `train.config` has each section's own limits. No torch."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,7 @@ from train.checks import require
 from train.schedules import parse_moment
 from train.vq.config import LEARNED
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # of types alone: config imports this module
     from train.config import Config
 
 

@@ -56,7 +56,10 @@ def transform(channels: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor
 
 
 def equal_steps(kept: Sequence[int], latent_channels: int) -> torch.Tensor:
-    """Return steps of the latents of `initialize_klt`, (D,), whose errors are equal in units of pixels."""
+    """Return steps of the latents of `initialize_klt`, (D,), whose errors are equal in the image.
+
+    Under the inverse of the transform, that is; the decoder's guess, which cannot be that, passes less of the last.
+    """
     return 1 / transform(kept)[1][:latent_channels]
 
 
@@ -126,7 +129,7 @@ def initialize_klt(
         kept: coefficients that pass each halving, see `train.config.ModelConfig.klt_channels`.
         latent_channels: D, 1 to half of the encoder's last width and to the last of `kept`.
         white: give all latents deviation 1; False = only the first, and the others by as much less as they count in the
-            image: for quantisers that take the nearest vector, so that an error costs the same in each channel.
+            image: for quantisers that take the nearest vector, which then is nearest in the image, too.
 
     Raises:
         RuntimeError: from torch, where the widths cannot hold it; `train.config.Config` has refused these.

@@ -80,7 +80,7 @@ class LatentTerms:
             texts.append(f"{config.kl.weight:g} KL nats/{config.kl.reduction}")
         texts += [text for codebook in self.codebooks for text in codebook.loss()]
         if config.rate.probability > 0:
-            texts.append(f"{config.rate.weight:g} bpp (at q 0)")
+            texts.append(f"{config.rate.weight:g} bpp (at q 0; decoded {config.rate.decoded})")
         if self.teacher is not None:
             texts.append(f"{config.model.teacher_weight:g} teacher")
         if self.anchor is not None:

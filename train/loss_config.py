@@ -177,7 +177,7 @@ class LatentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RateConfig:
-    """Rate-aware training: quantised latents, or ones with noise alike, and a price on the bits."""
+    """Rate-aware training: the quantiser's errors in place of the posterior's noise, and a price on the bits."""
 
     probability: float = 0.0
     """Share of images coded this way; the others draw from the posterior. 0 = none."""

@@ -1,6 +1,6 @@
 """What DDP wraps: one forward is the whole pass of an autoencoder, so that every gradient is reduced over ranks.
 
-x (and its class) -> encoder -> mean, log-variance -> z (posterior sample, or one quantiser step of noise)
+x (and its class) -> encoder -> mean, log-variance -> z (posterior sample; or one step of noise, or rounded)
              -> latents of each map -> its quantiser -> z (codebook vectors)
   -> noise, transform -> decoder (and the class) -> x_hat
 """

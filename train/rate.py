@@ -3,11 +3,12 @@
     z (raw) -> noisy: z + uniform * step_c * 2^(-q/16) = y -> bits(y) = -log2 P(y), times price(q)
 
 The codec rounds z to a grid of step d = step_c * 2^(-q/16) and pays for the index under a static table per quality and
-channel. Here uniform noise of one step stands for the rounding, and one density of the raw latents per channel, with
-the cumulative function F_c, stands for the tables of every quality: P(y) = F_c(y + d/2) - F_c(y - d/2).
+channel. Here uniform noise of one step stands for the rounding where bits are counted, and one density of the raw
+latents per channel, with the cumulative function F_c, for the tables of every quality:
+P(y) = F_c(y + d/2) - F_c(y - d/2). What is decoded is the same y, or z rounded (`rate.decoded`).
 
-So this is the rate of the codec's STATIC mode, and of indices rounded to the nearest. Files are mostly smaller, by some
-5 to 30 %: the CONTEXT mode knows the neighbours of an index.
+So this is the rate of the codec's STATIC mode, and of indices rounded to the nearest. Files are smaller, at high
+qualities by some 5 to 20 %, at the lowest by half: the CONTEXT mode knows the neighbours of an index.
 """
 
 import math
@@ -110,8 +111,8 @@ class RateModel(nn.Module):
         """Round as the codec does, with the gradient of no rounding for z, and that of its error for the steps.
 
         What a decoder learns from is then what it will get: where steps are wide, noise is not like it. The rate still
-        needs the noise. Minnen & Singh 2020, arXiv:2007.08739, section 3.3; the steps' gradient: Esser et al. 2020,
-        arXiv:1902.08153.
+        needs the noise (Minnen & Singh 2020, arXiv:2007.08739). The steps' gradient is that of Esser et al. 2020,
+        arXiv:1902.08153, eq. 3, without their scale; of log-steps, and the grid lies at the density's mean.
 
         Args:
             z: (B, D, h, w) raw.
@@ -126,7 +127,7 @@ class RateModel(nn.Module):
         return z.float() + error * steps
 
     def quantised(self, z: torch.Tensor, quality: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
-        """Return what a decoder would get, for evaluation: z rounded as the codec rounds; no gradient passes.
+        """Return what a decoder would get: z rounded as the codec rounds; no gradient passes.
 
         Args:
             z: (B, D, h, w) raw.
@@ -192,9 +193,8 @@ class RateModel(nn.Module):
             z: (B, D, h, w) raw, B * h * w >= 2; some 10,000 positions are plenty.
             f: downsampling factor.
             bpp: bits per pixel at q = 0, the entropy of the codec's indices of z.
-            proportions: (D,) positive, of the steps to each other; None = the deviations of z. Least distortion for a
-                rate asks for equal errors of the image from each channel: what the network is known to do with an
-                error of a latent decides.
+            proportions: (D,) positive, of the steps to each other; None = the deviations of z. At high rates the least
+                distortion has equal errors of the image from each channel, however much each varies.
 
         Raises:
             ValueError: z is not finite.

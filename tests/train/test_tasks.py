@@ -65,17 +65,23 @@ def test_the_price_of_bits_lowers_them_and_steps_and_densities_learn(shards: Pat
 
 
 def test_coded_images_are_decoded_from_rounded_latents(shards: Path, tmp_path: Path) -> None:
-    made = tiny_trainer(shards, tmp_path / "r", "rate.probability=1", "rate.decoded=rounded")
+    """And the bits are those of noisy ones; images that are not coded have the posterior's noise."""
+    made = tiny_trainer(shards, tmp_path / "r", "rate.probability=0.5", "rate.decoded=rounded")
     module = made.task.module.eval()
     x = next(made.feed.batches(0.0, 0))["image"]
     draws = made.task._draw(x, None, made._where(0))
+    coded = torch.arange(len(x)) % 2 == 0
+    draws = replace(draws, coded=coded)
     with torch.no_grad():
         outputs = module(x, draws)
-        expected = module.network.decode(module.rate.quantised(outputs.mean, draws.quality)).sample
-    torch.testing.assert_close(outputs.x_hat, expected)
+        z = outputs.mean + torch.exp(0.5 * outputs.logvar) * draws.posterior
+        z[coded] = module.rate.quantised(outputs.mean, draws.quality)[coded]
+        noisy = module.rate.noisy(outputs.mean, draws.quality, draws.uniform)
+        torch.testing.assert_close(outputs.x_hat, module.network.decode(z).sample)
+        torch.testing.assert_close(outputs.bits, module.rate.bits(noisy, draws.quality))
 
 
-def test_steps_of_a_transforms_coefficients_begin_equal_in_units_of_pixels(shards: Path, tmp_path: Path) -> None:
+def test_steps_of_a_transforms_coefficients_begin_equal_under_its_inverse(shards: Path, tmp_path: Path) -> None:
     network = ["init=klt", "block_out_channels=[12,48,64]", "latent_channels=8", "norm_num_groups=1"]
     made = tiny_trainer(shards, tmp_path / "r", "rate.probability=1", *(f"model.{each}" for each in network))
     _, deviations = transform([12, 48])
