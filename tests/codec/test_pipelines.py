@@ -223,7 +223,7 @@ def test_the_model_of_the_package_serves_pipelines(name: str) -> None:
     pipeline.scheduler = StillFlow()
     given = x / 2 + 0.5
     image = generate(case, pipeline, image=given, strength=0.9).image
-    assert (image - given).square().mean() < 0.1 * given.var()  # it is that photograph
+    assert (image - given).square().mean() < 0.2 * given.var()  # it is that photograph
 
 
 @pytest.mark.parametrize("case", INPAINT.values(), ids=list(INPAINT))
@@ -339,6 +339,19 @@ def test_a_codebook_serves_latent_diffusion(case: Case, folders: dict[str, Path]
     del vae.decode
     runtime.accelerate(pipeline, torch.float32)
     assert close(generate(case, pipeline, **how).image, made.image, 1e-4)
+
+
+def test_the_codebook_of_the_package_serves_latent_diffusion() -> None:
+    folder, x = PACKAGE_MODELS / "vq-f8", to_float(photo(64, 64, seed=9))[None]
+    vae, model = VQModel.from_pretrained(folder), load_latent_model(folder)
+    case = CODEBOOK["ldm unconditional"]
+    made = generate(case, case.build(vae))
+    assert made.image.std() > 0.02
+    with torch.no_grad():
+        expected = (model.decode(model.denormalize(made.z)) / 2 + 0.5).clamp(0, 1)
+        given, decoded = x / 2 + 0.5, vae(x).sample / 2 + 0.5
+    assert close(made.image, expected)
+    assert (decoded - given).square().mean() < 0.3 * given.var()
 
 
 def test_what_has_no_autoencoder_is_told_so(folders: dict[str, Path]) -> None:
