@@ -188,6 +188,7 @@ def test_all_readers_are_measured_with_the_same_workers(shards: Path, tmp_path: 
     assert (found["formats"], found["n_samples"]) == ({"png": 12}, 12)
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_measured(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,8 +28,8 @@ def steps(trainer, n: int) -> list[dict]:
 @pytest.fixture(scope="module")
 def rate_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("rate") / "r"
-    overrides = ["rate.probability=0.75", "rate.weight=0.3", "run.n_images=1600", "optim.batch_size=8", "optim.lr=4e-3"]
-    arguments = [f"data.shards={shards}", f"run.out={out}", *overrides, "run.validate_every=800", "kl.weight=1e-4"]
+    overrides = ["rate.probability=0.75", "rate.weight=0.3", "run.n_images=1200", "optim.batch_size=8", "optim.lr=4e-3"]
+    arguments = [f"data.shards={shards}", f"run.out={out}", *overrides, "run.validate_every=600", "kl.weight=1e-4"]
     assert main(["run", "tiny", *arguments]) == 0
     return out
 
@@ -190,6 +190,7 @@ def test_equivariance_turns_the_target_with_the_latents(shards: Path, tmp_path: 
     assert 15 < sum(d.transform is not None for d in drawn) < 45
 
 
+@pytest.mark.slow
 def test_latents_are_pulled_towards_a_vision_networks_features(shards: Path, tmp_path: Path) -> None:
     import transformers
 
