@@ -52,7 +52,8 @@ def error_after(vae: nn.Module, steps: int) -> float:
     return sum(errors[-5:]) / 5
 
 
-@pytest.mark.parametrize("groups", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 4])
 def test_the_linear_start_learns_brightness_sooner(groups: int) -> None:
     assert error_after(network("linear", groups), 60) < 0.7 * error_after(network("diffusers", groups), 60)
 

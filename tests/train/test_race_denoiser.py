@@ -186,6 +186,7 @@ def unexplained(trainer: Trainer) -> float:
     return sum(row["loss"] for row in rows) / sum(row["marginal"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_denoiser_explains_structure_and_finds_none_in_noise(tmp_path: Path) -> None:
     of_flat = unexplained(trained(tmp_path / "flat", flat=True, n_images=6400))
     of_noise = unexplained(trained(tmp_path / "noise", flat=False, n_images=6400))
