@@ -95,7 +95,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[str,
     return found
 
 
-@pytest.mark.slow
 def test_it_tells_trained_models_apart(trained: dict[str, dict[str, Any]]) -> None:
     verdicts = {name: result["posterior"]["verdict"] for name, result in trained.items()}
     assert (verdicts["collapsed"], verdicts["healthy"]) == ("collapsed", "healthy")
