@@ -51,6 +51,7 @@ def test_the_estimated_rate_is_that_of_the_static_mode(rate_run: Path, shards: P
     assert last["bpp_q100"] > 4 * last["bpp_q25"]
 
 
+@pytest.mark.slow
 def test_the_price_of_bits_lowers_them_and_steps_and_densities_learn(shards: Path, tmp_path: Path) -> None:
     def trained(weight: float) -> dict:
         out = tmp_path / str(weight)
