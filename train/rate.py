@@ -213,12 +213,12 @@ class RateModel(nn.Module):
         self.offsets.copy_((mean[:, None] + deviation[:, None] * self.offsets) / unit[:, None])
         self.log_scales.add_(deviation.log()[:, None])
         shape = (deviation if proportions is None else proportions.to(deviation)).log()
+        shape = shape + (deviation.log() - shape).mean()  # as large as the deviations, on average
         flat, centre = z.transpose(0, 1).flatten(1).cpu().numpy(), mean.cpu().numpy()  # (D, B*h*w), (D,)
-        near = (deviation.log() - shape).mean()
-        low, high = -8.0, 8.0  # log of step / deviation, about; the rate falls as the steps grow
+        low, high = -8.0, 8.0  # log of step / deviation; the rate falls as the steps grow
         for _ in range(20):
             middle = (low + high) / 2
-            self.log_step.copy_(shape + near + middle)
+            self.log_step.copy_(shape + middle)
             # Of the codec's indices, not of noisy latents: at steps of several deviations noise crosses bounds that a
             # grid centred on the mean keeps away from, and looks a few times dearer.
             got = entropy_bits(flat, centre, self.step.cpu().numpy(), 0) / f**2
